@@ -1,0 +1,95 @@
+"""Examples to token ids and a loss mask.
+
+The whole rendered conversation is tokenised once, exactly as it would be at inference; which tokens are the
+assistant's follows from the characters that the template put between the prompt of a turn and the end of that turn,
+so any template works, with or without a generation tag.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.data.formats import Conversation, Document, Example
+from jaxtune.errors import UserError
+
+
+class Encoded(NamedTuple):
+    """Token ids, and which of them are trained on."""
+
+    ids: np.ndarray  # int32 [n]
+    mask: np.ndarray  # bool [n]
+
+
+def encode(example: Example, tokenizer: Any, template: str | None, train_on: str = "assistant") -> Encoded:
+    """One example as tokens. Documents are trained on throughout and closed with the end-of-sequence token."""
+    if isinstance(example, Document):
+        ids = tokenizer(example.text).input_ids
+        eos = tokenizer.eos_token_id
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids = [*ids, eos]
+        return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool))
+    if template is None:
+        raise ValueError("a conversation needs a template")
+    text, spans = render(example, tokenizer, template, train_on)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start_end = np.array(out.offset_mapping, np.int64).reshape(-1, 2)
+    mask = np.zeros(len(start_end), bool)
+    for a, b in spans:
+        mask |= (start_end[:, 0] < b) & (start_end[:, 1] > a)
+    return Encoded(np.array(out.input_ids, np.int32), mask)
+
+
+def render(conversation: Conversation, tokenizer: Any, template: str, train_on: str) -> tuple[str, list[tuple]]:
+    """The conversation's text, and the spans of characters that are trained on.
+
+    Raises:
+      UserError: there is no assistant turn, or the template rewrites earlier turns.
+    """
+    messages = [m._asdict() for m in conversation.messages]
+    text = _apply(tokenizer, template, messages, conversation.origin)
+    if train_on == "all":
+        return text, [(0, len(text))]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        raise UserError(f"{conversation.origin}: has no assistant turn to train on; add one or set data.train_on=all")
+    spans = []
+    for i in turns[-1:] if train_on == "last" else turns:
+        before = _apply(tokenizer, template, messages[:i], conversation.origin, prompt=True)
+        upto = text if i + 1 == len(messages) else _apply(tokenizer, template, messages[: i + 1], conversation.origin)
+        if not (text.startswith(upto) and upto.startswith(before)):
+            raise UserError(
+                f"{conversation.origin}: the chat template rewrites turn {i} when more follows, so what the model "
+                "would see differs; set data.train_on=last, or another data.template"
+            )
+        spans.append((len(before), len(upto.rstrip())))
+    return text, spans
+
+
+def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> tuple[str, str | None]:
+    """What to generate from, and the answer that the conversation ends with, if it does."""
+    messages = [m._asdict() for m in conversation.messages]
+    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+    if not messages:
+        raise UserError(f"{conversation.origin}: has nothing before the assistant's turn to answer to")
+    return _apply(tokenizer, template, messages, conversation.origin, prompt=True), answer
+
+
+def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, prompt: bool = False) -> str:
+    import jinja2
+
+    if not messages:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except jinja2.TemplateError as e:
+        raise UserError(f"{origin}: the chat template refuses the conversation: {e}") from e
+
+
+def visible(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
+    """A row as runs of text, each with whether it is trained on; for the sample shown before training."""
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)] if len(ids) else [0]
+    return [
+        (tokenizer.decode(ids[a:b].tolist()), bool(mask[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]

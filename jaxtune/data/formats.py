@@ -1,0 +1,186 @@
+"""Data files to examples: JSONL and CSV rows become conversations or documents, each knowing where it stood."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune.config import Source
+from jaxtune.errors import UserError, nearest
+
+ROLES = ("system", "user", "assistant")
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+class Conversation(NamedTuple):
+    """Turns of a conversation, and the format that they came in (which suggests a template)."""
+
+    messages: tuple[Message, ...]
+    format: str
+    origin: str  # file:line
+
+
+class Document(NamedTuple):
+    """Plain text."""
+
+    text: str
+    origin: str
+
+
+Example = Conversation | Document
+
+
+def read(source: Source) -> list[Example]:
+    """All examples of a file.
+
+    Raises:
+      UserError: the file is missing, empty or cut short, or a row lacks a column; with file and line.
+    """
+    path = Path(source.path)
+    rows = list(_limited(_rows(path), source.max_samples))
+    if not rows:
+        raise UserError(f"{path}: holds no rows; a JSONL or CSV file with at least one was expected")
+    kind = source.format if source.format != "auto" else detect(_renamed(rows[0][1], source.columns), f"{path}:1")
+    build, required = FORMATS[kind]
+    examples = []
+    for line, raw in rows:
+        origin, row = f"{path}:{line}", _renamed(raw, source.columns)
+        if missing := [c for c in required if row.get(c) is None]:
+            renamed = {v: k for k, v in source.columns.items()}
+            raise UserError(
+                f"{origin}: no column {missing[0]!r}, which format {kind!r} needs; the row has "
+                f"{', '.join(repr(c) for c in raw) or 'none'}; map it with data.columns, such as "
+                f"{{{missing[0]}: {next((c for c in raw if c not in renamed), 'name')}}}"
+            )
+        examples.append(build(row, origin))
+    return examples
+
+
+def detect(row: Mapping[str, Any], origin: str) -> str:
+    """The format whose columns a row has.
+
+    >>> detect({"instruction": "Add.", "output": "3"}, "a.jsonl:1")
+    'alpaca'
+    """
+    for kind, (_, required) in FORMATS.items():
+        if all(c in row for c in required):
+            return kind
+    raise UserError(
+        f"{origin}: columns {', '.join(map(repr, row))} fit no format; wanted messages, prompt and completion, "
+        "instruction and output, or text; map them with data.columns, such as {prompt: question, completion: answer}"
+    )
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    taken = set(columns.values())
+    return {k: v for k, v in row.items() if k not in taken} | {k: row[v] for k, v in columns.items() if v in row}
+
+
+def _limited(rows: Iterator[Any], n: int | None) -> Iterator[Any]:
+    for i, row in enumerate(rows):
+        if i == n:
+            return
+        yield row
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows of a file."""
+    readers: Mapping[str, Callable[[Any, Path], Iterator[tuple[int, dict]]]] = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: files of type {path.suffix or 'none'!r} are not read; allowed: .jsonl, .csv")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as f:
+            yield from readers[path.suffix.lower()](f, path)
+    except FileNotFoundError as e:
+        siblings = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such file{nearest(path.name, siblings) if siblings else ''}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+
+
+def _jsonl(f: Any, path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(f, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise UserError(
+                f"{path}:{number}: a JSON object was expected, but {e.msg[0].lower()}{e.msg[1:]} at column {e.colno}; "
+                "is the file cut short?"
+            ) from e
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a JSON object was expected, got {type(row).__name__}")
+        yield number, row
+
+
+def _csv(f: Any, path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(f, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(reader.fieldnames or ())} columns were expected, as in the "
+                    "header; is a quote or a comma missing?"
+                )
+            yield reader.line_num, row
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: not CSV: {e}; is the file cut short?") from e
+
+
+# --- one row --------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any, column: str, origin: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{origin}: column {column!r} should be text, got {type(value).__name__}")
+    return value
+
+
+def _messages(row: Mapping[str, Any], origin: str) -> Conversation:
+    """`{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}`"""
+    if not isinstance(row["messages"], list) or not row["messages"]:
+        raise UserError(f"{origin}: 'messages' should be a list of {{role, content}}, got {row['messages']!r:.60}")
+    messages = []
+    for i, m in enumerate(row["messages"]):
+        if not isinstance(m, dict) or "role" not in m or "content" not in m:
+            raise UserError(f"{origin}: messages[{i}] should have 'role' and 'content', got {m!r:.60}")
+        if m["role"] not in ROLES:
+            raise UserError(f"{origin}: messages[{i}].role is {m['role']!r}; allowed: {', '.join(ROLES)}")
+        if m["role"] == "system" and i:
+            raise UserError(f"{origin}: messages[{i}].role is 'system'; it can only come first")
+        messages.append(Message(m["role"], _text(m["content"], f"messages[{i}].content", origin)))
+    return Conversation(tuple(messages), "messages", origin)
+
+
+def _prompt_completion(row: Mapping[str, Any], origin: str) -> Conversation:
+    """`{"prompt": "2 + 2 =", "completion": " 4"}`"""
+    prompt, completion = (_text(row[c], c, origin) for c in ("prompt", "completion"))
+    return Conversation((Message("user", prompt), Message("assistant", completion)), "prompt_completion", origin)
+
+
+def _alpaca(row: Mapping[str, Any], origin: str) -> Conversation:
+    """`{"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"}`; `input` may be empty or left out"""
+    instruction, output = (_text(row[c], c, origin) for c in ("instruction", "output"))
+    more = _text(row.get("input") or "", "input", origin)
+    user = Message("user", f"{instruction}\n\n{more}" if more else instruction)
+    system = (Message("system", _text(row["system"], "system", origin)),) if row.get("system") else ()
+    return Conversation((*system, user, Message("assistant", output)), "alpaca", origin)
+
+
+def _document(row: Mapping[str, Any], origin: str) -> Document:
+    """`{"text": "Once upon a time …"}`"""
+    return Document(_text(row["text"], "text", origin), origin)
+
+
+FORMATS: Mapping[str, tuple[Callable[[Mapping[str, Any], str], Any], tuple[str, ...]]] = {
+    "messages": (_messages, ("messages",)),
+    "prompt_completion": (_prompt_completion, ("prompt", "completion")),
+    "alpaca": (_alpaca, ("instruction", "output")),
+    "text": (_document, ("text",)),
+}

@@ -1,0 +1,215 @@
+"""Examples to batches, in an order that is a function of the seed alone: shuffled anew in each pass, sharded by host.
+
+Rows are packed once, so their number, and with it the number of steps, is known before training; where the iterator
+stands is one small JSON state (Grain's), and nothing is replayed or left over on resume.
+
+Dimensions: B batch, T time.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune.config import Data
+from jaxtune.data import encode, formats, templates
+from jaxtune.data.encode import Encoded
+from jaxtune.data.packing import COLUMNS, lay_out, pack
+from jaxtune.errors import UserError
+
+
+class Rows(NamedTuple):
+    """Encoded examples, which of them share a row, and where each came from."""
+
+    examples: Sequence[Encoded]
+    origins: Sequence[str]
+    rows: Sequence[Sequence[int]]
+    length: int  # T
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lay_out(self, i: int) -> dict[str, np.ndarray]:
+        """Row `i` as columns of `[T]`."""
+        return lay_out([self.examples[k] for k in self.rows[i]], self.length)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.ids) for e in self.examples)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(int(e.mask[1:].sum()) for e in self.examples)
+
+    def where(self, row_numbers: Sequence[int]) -> list[str]:
+        """file:line of every example in the given rows."""
+        return [self.origins[k] for i in row_numbers if i >= 0 for k in self.rows[i]]
+
+    def digest(self) -> str:
+        """A hash of all tokens and masks and of how they are packed."""
+        h = hashlib.blake2b(f"{self.length} {self.rows!r}".encode(), digest_size=16)
+        for e in self.examples:
+            h.update(e.ids.tobytes())
+            h.update(e.mask.tobytes())
+        return h.hexdigest()
+
+
+class Prepared(NamedTuple):
+    """What `prepare` gives: the sets, the template that was used, and remarks for the log."""
+
+    train: Rows
+    validation: Rows | None
+    template: str | None
+    remarks: list[str]
+
+
+def prepare(data: Data, tokenizer: Any, seed: int, objective: str = "sft") -> Prepared:
+    """Read, split, encode and pack. The split is drawn by the seed, over examples, before packing."""
+    train = [e for s in data.sources for e in formats.read(s)]
+    validation = [e for s in data.validation_sources for e in formats.read(s)]
+    if not isinstance(data.validation, str) and data.validation > 0:
+        n = held_out(data.validation, len(train))
+        order = np.random.default_rng(seed).permutation(len(train))
+        validation = [train[i] for i in sorted(order[:n])]
+        train = [train[i] for i in sorted(order[n:])]
+    remarks: list[str] = []
+    template = choose_template(data, tokenizer, [*train, *validation], remarks)
+    train_on = "all" if objective == "pretrain" else data.train_on
+
+    def ready(examples: list[formats.Example], name: str) -> Rows:
+        return to_rows(examples, tokenizer, template, data, train_on, name, remarks)
+
+    return Prepared(ready(train, "train"), ready(validation, "validation") if validation else None, template, remarks)
+
+
+def choose_template(data: Data, tokenizer: Any, examples: Sequence[Any], remarks: list[str]) -> str | None:
+    """The template of the conversations among the examples; None where there are none and none is asked for."""
+    kinds = {e.format for e in examples if isinstance(e, formats.Conversation)}
+    if not kinds and data.template == "auto":
+        return getattr(tokenizer, "chat_template", None)
+    kind = "messages" if len(kinds) != 1 else kinds.pop()
+    template, name = templates.choose(data.template, getattr(tokenizer, "chat_template", None), kind)
+    remarks.append(f"chat template: {name}")
+    return template
+
+
+def held_out(validation: float, n: int) -> int:
+    """How many of `n` examples a fraction or a count holds out.
+
+    >>> held_out(0.05, 100), held_out(7, 100)
+    (5, 7)
+    """
+    count = max(1, round(validation * n)) if validation < 1 else int(validation)
+    if count >= n:
+        raise UserError(f"data.validation={validation:g} holds out {count} of {n} examples, so none is left to train on")
+    return count
+
+
+def to_rows(
+    examples: Sequence[formats.Example],
+    tokenizer: Any,
+    template: str | None,
+    data: Data,
+    train_on: str,
+    name: str,
+    remarks: list[str],
+) -> Rows:
+    """Encode and pack; what is cut or left out is counted in `remarks`."""
+    T = data.max_length
+    kept: list[Encoded] = []
+    origins: list[str] = []
+    cut = dropped = 0
+    for example in examples:
+        e = encode.encode(example, tokenizer, template, train_on)
+        pieces = [e]
+        if isinstance(example, formats.Document):
+            pieces = [Encoded(e.ids[i : i + T], e.mask[i : i + T]) for i in range(0, len(e.ids), T)]
+        elif len(e.ids) > T:
+            pieces, cut = [Encoded(e.ids[:T], e.mask[:T])], cut + 1
+        for p in pieces:
+            if not p.mask[1:].any():  # the first token is never predicted
+                dropped += isinstance(example, formats.Conversation)
+                continue
+            kept.append(p)
+            origins.append(example.origin)
+    if cut:
+        remarks.append(f"{name}: {cut} of {len(examples)} examples are longer than {T} tokens and were cut at the end")
+    if dropped:
+        remarks.append(f"{name}: {dropped} examples were left out, nothing to train on is within {T} tokens")
+    if not kept:
+        raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
+    if data.packing:
+        return Rows(kept, origins, pack([len(e.ids) for e in kept], T), T)
+    longest = max(len(e.ids) for e in kept)
+    return Rows(kept, origins, [[i] for i in range(len(kept))], min(T, -(-longest // 32) * 32))
+
+
+class Batch(NamedTuple):
+    """Columns of `[B, T]`, and which rows they hold (-1 where a row is only filled up)."""
+
+    columns: dict[str, np.ndarray]
+    rows: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return int((self.columns["segment_BT"] > 0).sum())
+
+
+def total_steps(n_rows: int, batch_size: int, epochs: float, steps: int | None) -> int:
+    """Optimiser steps of a run."""
+    return steps or max(1, math.ceil(n_rows * epochs / batch_size))
+
+
+class Batches:
+    """The training batches in order, endless where `row_count` is None; `state` goes into a checkpoint and back."""
+
+    def __init__(
+        self, rows: Rows, batch_size: int, *, seed: int | None, row_count: int | None, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Args:
+        rows: the packed rows.
+        batch_size: rows of a batch over all hosts.
+        seed: of the shuffle; None keeps the order.
+        row_count: stop after so many rows; the last batch is filled up with empty ones.
+        shard: this host, and how many there are; each takes its share of every batch.
+        """
+        import grain
+
+        ds = grain.MapDataset.source(range(len(rows)))
+        if seed is not None:
+            ds = ds.shuffle(seed % 2**32)
+        passes = None if row_count is None else -(-row_count // len(rows))
+        if passes != 1:
+            ds = ds.repeat(passes)
+        if row_count is not None:
+            ds = ds[:row_count]
+        host, hosts = shard
+        ds = ds[host::hosts].map(lambda i: (rows.lay_out(i), i))
+        ds = ds.batch(batch_size // hosts, drop_remainder=False, batch_fn=_collate(rows, batch_size // hosts))
+        self._it = iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._it)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self._it.get_state()
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._it.set_state(state)
+
+
+def _collate(rows: Rows, size: int) -> Callable[[Sequence[tuple]], Batch]:
+    def collate(items: Sequence[tuple]) -> Batch:
+        empty = [({c: np.zeros(rows.length, np.int32) for c in COLUMNS}, -1)] * (size - len(items))
+        filled = [*items, *empty]
+        columns = {c: np.stack([row[c] for row, _ in filled]) for c in COLUMNS}
+        return Batch(columns, np.array([i for _, i in filled], np.int64))
+
+    return collate

@@ -1,0 +1,1 @@
+"""Hugging Face folders, in and out: names and layouts, safetensors, adapters, tokenizers."""

@@ -1,0 +1,302 @@
+"""Safetensors folders: shards read slice by slice, straight into sharded arrays, and written tensor by tensor.
+
+The format is eight bytes of header length, a JSON header, and raw little-endian data
+(https://huggingface.co/docs/safetensors). Tensors are memory-mapped, so only the bytes asked for are read.
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxtune.errors import UserError
+from jaxtune.hf import layout
+from jaxtune.layers import is_weight
+from jaxtune.weights import path_name
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"),
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+_NAMES = {v: k for k, v in DTYPES.items()}
+_INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # of its bytes, from the start of the file
+
+    def open(self) -> np.ndarray:
+        """A read-only array over the mapped file."""
+        if not prod(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        with self.file.open("rb") as f:
+            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, self.dtype, prod(self.shape), self.start).reshape(self.shape)
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, checked against the file's size.
+
+    Raises:
+      UserError: the file is missing, cut short, or its header is damaged.
+    """
+    remedy = "copy or download the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{file}: not a whole safetensors file (header of {length} bytes, file {size}); {remedy}")
+            header = json.loads(f.read(length))
+    except FileNotFoundError as e:
+        raise UserError(f"{file}: no such file; the folder's index names it") from e
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"{file}: the safetensors header is damaged ({e}); {remedy}") from e
+    tensors = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, stop) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{file}: the safetensors header is damaged at {name!r} ({e!r}); {remedy}") from e
+        if stop - start != prod(shape) * dtype.itemsize or start < 0 or 8 + length + stop > size:
+            raise UserError(f"{file}: tensor {name!r} does not fit in the file of {size} bytes; {remedy}")
+        tensors[name] = Tensor(file, dtype, shape, 8 + length + start)
+    return tensors
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder, `model.safetensors` or shards with their index.
+
+    Raises:
+      UserError: there are no safetensors, or a file is missing or damaged.
+    """
+    if (index := folder / _INDEX).exists():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as e:
+            raise UserError(f"{index}: the index is damaged ({e!r}); copy or download the file again") from e
+        tensors: dict[str, Tensor] = {}
+        for shard in sorted(set(weight_map.values())):
+            tensors |= read_header(inside(folder, shard))
+        if missing := sorted(set(weight_map) - set(tensors)):
+            raise UserError(f"{index}: names tensors that no shard holds: {', '.join(missing[:5])}")
+        return tensors
+    if (single := folder / "model.safetensors").exists():
+        return read_header(single)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise UserError(f"{folder}: weights are pickles, which are not read; convert them to safetensors first")
+    raise UserError(f"{folder}: no model.safetensors and no {_INDEX}; is this a Hugging Face model folder?")
+
+
+def inside(root: Path, name: str) -> Path:
+    """`root/name`, refused where it leads out of `root`."""
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise UserError(f"{root}: file name {name!r} leads out of the folder")
+    return root / name
+
+
+# --- into arrays ----------------------------------------------------------------------------------------------------
+
+
+def match(tensors: Mapping[str, Tensor], weights: Any, tied: bool, place: str) -> dict[str, list[Tensor]]:
+    """Which tensors each weight is made of, by path. Every tensor is used exactly once.
+
+    Raises:
+      UserError: one error that lists all unexpected, missing and mis-shaped names.
+    """
+    tensors = {n: t for n, t in tensors.items() if not layout.UNTRAINED.search(n)}
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if tied and head in tensors:  # a tied table may be stored under either name, or twice
+        twin = tensors.pop(head)
+        if embed in tensors and not np.array_equal(tensors[embed].open(), twin.open()):
+            raise UserError(
+                f"{place}: tie_word_embeddings is set, but {head} differs from {embed}; set it to false in config.json"
+            )
+        tensors.setdefault(embed, twin)
+    found: dict[str, list[Tensor]] = {}
+    missing, shapes = [], []
+    for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
+        found[path_name(path)] = own = []
+        for name in layout.hf_names(path_name(path)):
+            if (t := tensors.pop(name, None)) is None:
+                missing.append(name)
+                continue
+            if t.shape != layout.hf_shape(w):
+                shapes.append(f"{name} {list(t.shape)}, config wants {list(layout.hf_shape(w))}")
+            own.append(t)
+    faults = [
+        f"{title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
+        for title, names in (("missing", missing), ("unexpected", sorted(tensors)), ("mis-shaped", shapes))
+        if names
+    ]
+    if faults:
+        raise UserError(f"{place}: tensors do not fit config.json; {'; '.join(faults)}")
+    return found
+
+
+def load(found: Mapping[str, list[Tensor]], weights: Any, shardings: Any) -> Any:
+    """Read weights into sharded arrays of the dtypes of `weights`; each device's part is read by itself.
+
+    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form.
+    """
+
+    def one(path: tuple, w: Any, sharding: jax.sharding.Sharding) -> Any:
+        tensors = found[path_name(path)]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not w.stacked:
+                return np.ascontiguousarray(layout.from_hf(tensors[0].open(), w)[index], dtype=w.value.dtype)
+            layers = tensors[index[0]]
+            first = layout.from_hf(layers[0].open(), w)[index[1:]]
+            out = np.empty((len(layers), *first.shape), w.value.dtype)
+            for i, t in enumerate(layers):
+                out[i] = layout.from_hf(t.open(), w)[index[1:]]
+            return out
+
+        return w.like(jax.make_array_from_callback(w.value.shape, sharding, read))
+
+    return jax.tree_util.tree_map_with_path(one, weights, shardings, is_leaf=is_weight)
+
+
+# --- out of arrays --------------------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: its shape and dtype now, its data when its turn comes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    data: Callable[[], np.ndarray]
+
+
+def entries(weights: Any, dtype_of: Callable[[str], np.dtype]) -> dict[str, Entry]:
+    """The Hugging Face tensors of a tree of `Weight`s with plain arrays; each layer is fetched when it is written."""
+    out = {}
+    for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
+        for i, name in enumerate(layout.hf_names(path_name(path))):
+
+            def data(w: Any = w, i: int = i, dtype: np.dtype = dtype_of(name)) -> np.ndarray:
+                layer = w.value[i] if w.stacked else w.value
+                return layout.to_hf(np.asarray(layer), w).astype(dtype)
+
+            out[name] = Entry(layout.hf_shape(w), dtype_of(name), data)
+    return out
+
+
+def write(file: Path, tensors: Mapping[str, Entry]) -> None:
+    """Write one safetensors file as transformers expects it, holding one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))  # the library's order: aligned data
+    for name in order:
+        t = tensors[name]
+        stop = offset + prod(t.shape) * t.dtype.itemsize
+        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)
+    with file.open("wb") as f:
+        f.write(len(blob).to_bytes(8, "little") + blob)
+        for name in order:
+            data = np.ascontiguousarray(tensors[name].data())
+            if data.shape != tensors[name].shape or data.dtype != tensors[name].dtype:
+                raise ValueError(f"{name}: made {data.dtype}{data.shape}, announced {tensors[name][:2]}")
+            f.write(data.reshape(-1).view(np.uint8).data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards and their index where it would be larger than `shard_bytes`."""
+    shards: list[dict[str, Entry]] = [{}]
+    filled = total = 0
+    for name, t in tensors.items():
+        size = prod(t.shape) * t.dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = t
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        return write(folder / "model.safetensors", shards[0])
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder that appears by rename when it is complete, or not at all.
+
+    Raises:
+      UserError: it exists already (and `replace` is not set), or the disk is full.
+    """
+    if folder.exists() and not replace and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot write ({e.strerror or e}); nothing was left there") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy those of the named files that exist, byte for byte."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "USE_POLICY.md")

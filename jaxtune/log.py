@@ -1,0 +1,172 @@
+"""What a run tells: a live line in a terminal and plain lines elsewhere, metrics.jsonl, TensorBoard events, loss.png."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_WARNED: set[str] = set()
+
+
+def say(text: str = "") -> None:
+    """A plain line on standard output."""
+    print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line on standard error, once."""
+    if text not in _WARNED:
+        _WARNED.add(text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(5), duration(65), duration(3700)
+    ('5 s', '1:05', '1:01:40')
+    """
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60}:{s % 60:02}" if s < 3600 else f"{s // 3600}:{s % 3600 // 60:02}:{s % 60:02}"
+
+
+def size(n_bytes: float) -> str:
+    """
+    >>> size(3_500_000), size(16e9)
+    ('3.3 MiB', '14.9 GiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} GiB"
+
+
+def table(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"  {name:<{width}}  {value}")
+
+
+def sample(runs: Sequence[tuple[str, bool]], limit: int = 1500) -> None:
+    """A training sample: what is trained on in colour, or between ⟦ and ⟧ where there is no colour."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    opened, closed = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    text = "".join(f"{opened}{t}{closed}" if trained else t for t, trained in runs)
+    mark = "green" if colour else "⟦…⟧"
+    cut = f"… ({len(text) - limit} more characters)" if len(text) > limit else ""
+    say(f"one training sample ({mark} is trained on):")
+    shown = text[:limit] + (closed if cut and colour else "") + cut
+    say("\n".join(f"  | {line}" for line in shown.splitlines()))
+
+
+class RunLog:
+    """The log of a run folder. Lines past `start` (of a run that was killed) are dropped."""
+
+    def __init__(self, folder: Path, start: int, total: int) -> None:
+        self.folder, self.total, self.start = folder, total, start
+        self.file = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
+        _write_lines(self.file, self.history)
+        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._events: Any = None
+        self._began = self._last = time.perf_counter()
+        self._tokens = self._steps = self._done = 0
+
+    def step(self, n: int, values: Mapping[str, float], tokens: int, write: bool) -> None:
+        """After step `n`: `tokens` were read; a line is written where `write` says so, the live line always moves."""
+        now = time.perf_counter()
+        self._tokens, self._steps, self._done = self._tokens + tokens, self._steps + 1, self._done + 1
+        eta = (now - self._began) / self._done * (self.total - n)
+        if write:
+            rate = self._tokens / max(now - self._last, 1e-9)
+            self.write(n, {**values, "tokens_per_second": rate})
+            self._show(n, values["loss"], rate, eta, final=True)
+            self._tokens, self._steps, self._last = 0, 0, now
+        elif self._live:
+            self._show(n, values["loss"], self._tokens / max(now - self._last, 1e-9), eta, final=False)
+
+    def _show(self, n: int, loss: float, rate: float, eta: float, final: bool) -> None:
+        line = f"step {n}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(eta)} left"
+        if not self._live:
+            return say(line)
+        sys.stdout.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
+        sys.stdout.flush()
+
+    def evaluation(self, n: int, values: Mapping[str, float]) -> None:
+        """Scores on the validation set after step `n`."""
+        if any(m["step"] == n and "eval_loss" in m for m in self.history):
+            return
+        self.write(n, {f"eval_{k}": v for k, v in values.items()})
+        self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in values.items()))
+        self._last, self._tokens = time.perf_counter(), 0
+
+    def line(self, text: str) -> None:
+        """A line of its own, not in the live one."""
+        say(("\r\x1b[K" if self._live else "") + text)
+
+    def write(self, n: int, values: Mapping[str, float]) -> None:
+        """Append to metrics.jsonl and to the TensorBoard events."""
+        entry = {"step": n, **{k: round(float(v), 8) for k, v in values.items()}}
+        self.history.append(entry)
+        with self.file.open("a") as f:
+            f.write(json.dumps(entry) + "\n")
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self.folder / "events"), purge_step=self.start + 1 if self.start else None)
+        for k, v in values.items():
+            self._events.add_scalar(k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}", v, n)
+
+    def close(self) -> None:
+        """Flush everything and draw loss.png."""
+        if self._events is not None:
+            self._events.close()
+        plot(self.history, self.folder / "loss.png")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    entries = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _write_lines(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    temporary.replace(file)
+
+
+def plot(history: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw training and validation loss over steps."""
+    train = [(m["step"], m["loss"]) for m in history if "loss" in m]
+    held = [(m["step"], m["eval_loss"]) for m in history if "eval_loss" in m]
+    if not train and not held:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#4477aa", linewidth=1.2, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), color="#cc3311", marker="o", markersize=4, label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(file)

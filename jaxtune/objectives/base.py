@@ -1,0 +1,114 @@
+"""Cross-entropy over a large vocabulary in chunks, so that full logits are never held.
+
+The gradient of a chunk is taken while its logits are there (as Liger's fused linear cross-entropy does, Hsu et al.,
+2024, https://arxiv.org/abs/2410.10989), so nothing is computed twice, and the gradient of a frozen head not at all.
+
+Dimensions: B batch, T time, D embed, V vocab, C chunks, c time within a chunk.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune.layers import Outputs
+from jaxtune.weights import Array, einsum
+
+LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
+
+
+def next_token(batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Targets and their weights: each token predicts the next one of its own segment, where the loss mask has that one.
+
+    Returns: `target_BT` int32 and `weight_BT` float32.
+    """
+    target_BT = jnp.roll(batch["ids_BT"], -1, 1)
+    same_BT = batch["segment_BT"] == jnp.roll(batch["segment_BT"], -1, 1)
+    wanted_BT = same_BT & (jnp.roll(batch["loss_mask_BT"], -1, 1) > 0) & (batch["segment_BT"] > 0)
+    return target_BT, wanted_BT.at[:, -1].set(False).astype(jnp.float32)
+
+
+def cross_entropy(outputs: Outputs, target_BT: Array, weight_BT: Array) -> tuple[Array, Array]:
+    """Sum over tokens of `weight · -log p(target)`, and the weighted number of right first guesses; both float32."""
+    C = _chunks(outputs, target_BT.shape)
+    hidden_CBcD, target_CBc, weight_CBc = (_split(x, C) for x in (outputs.hidden_BTD, target_BT, weight_BT))
+    return _sums(outputs.eqn, hidden_CBcD, outputs.head, target_CBc, weight_CBc)
+
+
+def _chunks(outputs: Outputs, shape: tuple[int, int]) -> int:
+    """How many pieces the time axis goes in, for a chunk's logits to stay within LOGITS_BYTES on each device."""
+    vocab = jax.eval_shape(lambda o: o.logits(o.hidden_BTD[:1, :1]), outputs).shape[-1]
+    mesh = jax.sharding.get_abstract_mesh()
+    per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size)
+    return int(np.clip(-(-per_device // LOGITS_BYTES), 1, shape[1]))
+
+
+def _split(x_BT: Array, chunks: int) -> Array:
+    """`[B, T, …]` as `[C, B, c, …]`, the batch axis left as it is sharded; padded with zeros."""
+    B, T = x_BT.shape[:2]
+    c = -(-T // chunks)
+    padded = jnp.pad(x_BT, [(0, 0), (0, c * chunks - T), *[(0, 0)] * (x_BT.ndim - 2)])
+    return jnp.moveaxis(padded.reshape(B, chunks, c, *x_BT.shape[2:]), 1, 0)
+
+
+def _chunk(eqn: str, hidden_BcD: Array, head: Any, target_Bc: Array, weight_Bc: Array) -> tuple[Array, Array]:
+    logits_BcV = einsum(eqn, hidden_BcD, head).astype(jnp.float32)
+    right_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
+    loss = jnp.sum(weight_Bc * (jax.nn.logsumexp(logits_BcV, -1) - right_Bc))
+    hits = jnp.sum(weight_Bc * (right_Bc >= logits_BcV.max(-1)))
+    return loss, jax.lax.stop_gradient(hits)
+
+
+def _scan_sums(eqn: str, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc: Array) -> tuple[Array, Array]:
+    def body(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
+        loss, hits = _chunk(eqn, chunk[0], head, *chunk[1:])
+        return (sums[0] + loss, sums[1] + hits), None
+
+    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (hidden_CBcD, target_CBc, weight_CBc))[0]
+
+
+_sums = jax.custom_vjp(_scan_sums, nondiff_argnums=(0,))
+
+
+def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc: Any) -> tuple[Any, Any]:
+    """Sums, and the gradients of the loss with respect to the hidden states and the trained leaves of the head."""
+    leaves, tree = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
+    trained = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.floating) for x in leaves]
+    values = [x.value for x in leaves]
+    wanted = hidden_CBcD.perturbed, target_CBc.value, weight_CBc.value
+
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, Any]:
+        hidden_BcD, target_Bc, weight_Bc = chunk
+
+        def loss_of(hidden_BcD: Array, some: list) -> tuple[Array, Array]:
+            some = iter(some)
+            whole = tree.unflatten([next(some) if t else v for t, v in zip(trained, values, strict=True)])
+            return _chunk(eqn, hidden_BcD, whole, target_Bc, weight_Bc)
+
+        some = [v for t, v in zip(trained, values, strict=True) if t]
+        loss, pullback, hits = jax.vjp(loss_of, hidden_BcD, some, has_aux=True)
+        d_hidden_BcD, d_some = pullback(jnp.float32(1))
+        sums, grads = carry
+        grads = [g + d.astype(jnp.float32) for g, d in zip(grads, d_some, strict=True)]
+        return ((sums[0] + loss, sums[1] + hits), grads), d_hidden_BcD
+
+    zeros = [jnp.zeros(v.shape, jnp.float32) for t, v in zip(trained, values, strict=True) if t]
+    start = (jnp.float32(0), jnp.float32(0)), zeros
+    (sums, grads), d_hidden_CBcD = jax.lax.scan(body, start, (hidden_CBcD.value, *wanted[1:]))
+    some = iter(grads)
+    d_head = [next(some).astype(v.dtype) if t else None for t, v in zip(trained, values, strict=True)]
+    return sums, (d_hidden_CBcD, d_head, tree.unflatten([jnp.zeros((), v.dtype) for v in values]))
+
+
+def _backward(eqn: str, saved: tuple, cotangents: tuple) -> tuple[Any, Any, None, None]:
+    d_hidden_CBcD, d_head, like = saved
+    scale = cotangents[0]
+    scale = jnp.float32(0) if isinstance(scale, jax.custom_derivatives.SymbolicZero) else scale
+    tree = jax.tree.structure(like)
+    d_head = tree.unflatten([None if d is None else (scale * d).astype(d.dtype) for d in d_head])
+    return (scale * d_hidden_CBcD).astype(d_hidden_CBcD.dtype), d_head, None, None
+
+
+_sums.defvjp(_forward, _backward, symbolic_zeros=True)

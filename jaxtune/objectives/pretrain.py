@@ -1,0 +1,13 @@
+"""Continued pre-training: next-token cross-entropy on every token but the first of each document."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.layers import Outputs
+from jaxtune.objectives import sft
+from jaxtune.weights import Array
+
+
+def objective(outputs: Outputs, batch: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Any]]:
+    """As `sft.objective`, whatever the loss mask says."""
+    return sft.objective(outputs, {**batch, "loss_mask_BT": batch["segment_BT"] > 0})

@@ -1,0 +1,151 @@
+"""State, step and loop: what happens between a batch and the next, in one sitting.
+
+Dimensions: A micro-batches of a step, B rows of a micro-batch, T time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxtune.data.pipeline import Batch
+from jaxtune.errors import UserError
+from jaxtune.objectives import Objective
+from jaxtune.tuning.method import join
+from jaxtune.weights import Array, with_dropout
+
+Tree = Any
+
+
+class State(NamedTuple):
+    """Everything that a step changes, and the frozen weights that it does not."""
+
+    trainable: Tree
+    frozen: Tree
+    optimiser: Tree
+    step: Array  # int32, steps taken
+    key: Array  # uint32, the data of dropout's key; the same throughout, folded with the step
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds: all but the frozen weights."""
+        return {k: v for k, v in self._asdict().items() if k != "frozen"}
+
+
+Apply = Callable[[Tree, Mapping[str, Array]], Any]
+
+
+def make_step(
+    apply: Apply, objective: Objective, tx: optax.GradientTransformation
+) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
+    """One optimiser step over a batch of `[A, B, T]` columns, as a pure function.
+
+    Gradients are taken with respect to the trainable half only. Micro-batches add up sums of losses and of gradients,
+    which are divided once by the number of tokens, so A × B rows weigh the same however they are cut.
+    """
+
+    def loss(trainable: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> tuple[Array, tuple]:
+        weights = with_dropout(join(trainable, frozen), key)
+        loss_sum, count, metrics = objective(apply(weights, batch), batch)
+        return loss_sum, (count, metrics)
+
+    def step(state: State, batches: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        A = batches["ids_BT"].shape[0]
+
+        def micro(i: Array, batch: Mapping[str, Array]) -> tuple[Tree, tuple]:
+            grad = jax.value_and_grad(loss, has_aux=True)
+            (loss_sum, (count, metrics)), grads = grad(state.trainable, state.frozen, batch, jax.random.fold_in(key, i))
+            return grads, (loss_sum, count, metrics)
+
+        if A == 1:
+            sums = micro(jnp.int32(0), {k: v[0] for k, v in batches.items()})
+        else:
+
+            def body(sums: Tree, x: tuple) -> tuple[Tree, None]:
+                return jax.tree.map(jnp.add, sums, micro(*x)), None
+
+            first = jax.eval_shape(micro, jnp.int32(0), {k: v[0] for k, v in batches.items()})
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+            sums, _ = jax.lax.scan(body, zeros, (jnp.arange(A), dict(batches)))
+        grads, (loss_sum, count, metrics) = sums
+        count = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, optimiser = tx.update(grads, state.optimiser, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        report = {"loss": loss_sum / count, "grad_norm": optax.global_norm(grads), "tokens": count}
+        report |= {"accuracy": metrics["hits"] / count} if "hits" in metrics else {}
+        return State(trainable, state.frozen, optimiser, state.step + 1, state.key), report
+
+    return step
+
+
+class Hooks(NamedTuple):
+    """What the loop calls on its way; each gets the number of steps taken."""
+
+    log: Callable[[int, dict[str, float], Batch], None]
+    evaluate: Callable[[int, State], None]
+    save: Callable[[int, State], None]
+    stop: Callable[[], bool]  # whether to save and leave after this step
+
+
+class Every(NamedTuple):
+    """Steps between evaluations and between checkpoints."""
+
+    evaluate: int
+    save: int
+
+
+def loop(
+    state: State,
+    step: Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]],
+    batches: Iterator[Batch],
+    put: Callable[[Batch], Mapping[str, Array]],
+    start: int,
+    total: int,
+    every: Every,
+    hooks: Hooks,
+    where: Callable[[Batch], list[str]],
+) -> tuple[State, int]:
+    """Take steps `start` to `total`. A step is dispatched before the last one's numbers are fetched.
+
+    Returns: the last state, and how many steps it has taken (fewer than `total` if `hooks.stop` said so).
+
+    Raises:
+      UserError: a loss or gradient is not finite; names the step and the rows. What was saved before stays.
+    """
+    pending: tuple[int, dict[str, Array], Batch] | None = None
+
+    def settle() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        n, report, batch = pending
+        pending = None
+        values = {k: float(v) for k, v in jax.device_get(report).items()}
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+            rows = where(batch)
+            shown = f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
+            raise UserError(
+                f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']} on rows {shown}; the last "
+                "checkpoint is kept; lower optim.learning_rate, set optim.clip or look at these rows, then run again"
+            )
+        hooks.log(n, values, batch)
+
+    for n in range(start + 1, total + 1):
+        batch = next(batches)
+        state, report = step(state, put(batch))
+        settle()
+        pending = n, report, batch
+        stopping = hooks.stop()
+        if n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
+            settle()  # nothing is saved before its loss is known to be finite
+        if (n % every.evaluate == 0 or n == total) and not stopping:
+            hooks.evaluate(n, state)
+        if n % every.save == 0 or n == total or stopping:
+            hooks.save(n, state)
+        if stopping:
+            return state, n
+    return state, total

@@ -1,0 +1,203 @@
+"""What a run leaves behind, opened: to generate, to measure, to merge and to convert."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune import blueprint, config, evaluate, log, run, sharding
+from jaxtune.blueprint import Blueprint
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import Config
+from jaxtune.data import encode, formats
+from jaxtune.data.pipeline import Rows
+from jaxtune.errors import UserError
+from jaxtune.generate import Generator, Sampling
+from jaxtune.hf import adapters, files, tokenizer
+from jaxtune.layers import unbox
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.tuning import method as tuning_method
+
+Tree = Any
+
+
+class Run:
+    """A finished run folder, for notebooks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The entries of metrics.jsonl."""
+        return log.read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def config(self) -> Config:
+        return config.load(self.folder / run.CONFIG)
+
+    @functools.cached_property
+    def model(self) -> "Tuned":
+        """The tuned model, loaded once."""
+        return open_model(str(self.folder))
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The tuned model's answer to a prompt; options are those of `Sampling`."""
+        return self.model.answer(prompt, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A model ready to be used, tuned or not."""
+
+    blueprint: Blueprint
+    weights: Tree
+    tokenizer: Any
+    template: str | None
+    eos: Sequence[int]
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        return Generator(self.blueprint.model, self.weights, self.tokenizer, self.eos)
+
+    def prompt(self, messages: Sequence[formats.Message]) -> str:
+        """Messages as the model was trained to see them; as they are where it has no template."""
+        if self.template is None:
+            return (self.tokenizer.bos_token or "") + "".join(m.content for m in messages)
+        return encode.prompt_text(formats.Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template)[0]
+
+    def answer(self, prompt: str, **options: Any) -> str:
+        """The answer to one user message."""
+        with jax.set_mesh(self.mesh):
+            text = self.prompt([formats.Message("user", prompt)])
+            return self.generator.generate([text], Sampling(**options))[0].text
+
+    def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
+        """Loss, perplexity and token accuracy on rows."""
+        sums = jax.jit(evaluate.make_sums(run.apply_of(self.blueprint), OBJECTIVES[objective]))
+        with jax.set_mesh(self.mesh):
+            return evaluate.scores(sums, self.weights, rows, batch_size, run.putter(self.mesh, None))
+
+
+def open_model(target: str, adapter: str | None = None, dtype: str = "float32", mesh: config.Mesh | None = None) -> Tuned:
+    """A run folder, an export, a Hugging Face folder or hub id, or a base with an adapter, ready to be used.
+
+    Raises:
+      UserError: it is none of these, or is damaged.
+    """
+    run.use_compile_cache()
+    on = sharding.make_mesh(mesh or config.Mesh())
+    with jax.set_mesh(on):
+        b, boxes, side = open_weights(target, adapter, dtype, on)
+    words = tokenizer.load(side)
+    return Tuned(b, unbox(boxes), words, words.chat_template, tokenizer.eos_ids(b.folder, words), on)
+
+
+def open_weights(
+    target: str, adapter: str | None, dtype: str | None, mesh: jax.sharding.Mesh
+) -> tuple[Blueprint, Tree, Path]:
+    """Blueprint and `Weight`s of what `target` names, and the folder of its tokenizer."""
+    folder = Path(target)
+    if adapter is None and (folder / run.CONFIG).exists():
+        if (folder / run.EXPORT).exists():
+            return open_weights(str(folder / run.EXPORT), None, dtype, mesh)
+        return _from_checkpoint(folder, dtype)
+    if adapter is None and (folder / adapters.CONFIG).exists():
+        adapter = target
+        target = adapters.Adapter(folder).base
+    base = run.model_folder(target)
+    if adapter is None:
+        b = blueprint.draw(base, lambda _: tuning_method.Method(tuning_method.leave, [("", "freeze")]), mesh, dtype or "float32")
+        return b, blueprint.materialise(b, jax.random.key(0)), base
+    found = adapters.Adapter(Path(adapter))
+    method = tuning_method.Method(found.wrap, [("", "freeze")])
+    b = blueprint.draw(base, lambda _: method, mesh, dtype or "float32")
+    boxes = blueprint.materialise(b, jax.random.key(0))
+    found.check_all_used()
+    has_words = any((Path(adapter) / f).exists() for f in tokenizer.FILES)
+    return b, boxes, Path(adapter) if has_words else base
+
+
+def _from_checkpoint(folder: Path, dtype: str | None) -> tuple[Blueprint, Tree, Path]:
+    """The newest checkpoint of a run that has no export yet."""
+    c = config.load(folder / run.CONFIG)
+    if dtype is not None:
+        c = c.model_copy(update={"train": c.train.model_copy(update={"compute_dtype": dtype, "remat": "none"})})
+    job = run.prepare(c)
+    checkpoints = Checkpoints(folder / run.CHECKPOINTS, c.checkpoint.keep)
+    if (newest := checkpoints.newest) is None:
+        raise UserError(f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it")
+    restored, _ = checkpoints.restore(newest, job.state.saved())
+    checkpoints.close()
+    boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))
+    _, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
+    log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
+    weights = tuning_method.join(restored["trainable"], frozen)
+    return job.blueprint, blueprint.boxed(job.blueprint, weights), job.blueprint.folder
+
+
+def write_model(source: str, target: Path, adapter: str | None = None, dtype: str | None = None) -> None:
+    """Write a run, export, adapter or model folder as one whole Hugging Face folder, adapters merged.
+
+    Raises:
+      UserError: the source cannot be opened, or the target exists.
+    """
+    names = {"float32": np.dtype("float32"), "bfloat16": files.DTYPES["BF16"], "float16": np.dtype("float16")}
+    if dtype is not None and dtype not in names:
+        raise UserError(f"--dtype {dtype!r} is not known; allowed: {', '.join(names)}")
+    mesh = sharding.make_mesh(config.Mesh())
+    with jax.set_mesh(mesh):
+        b, boxes, side = open_weights(source, adapter, None, mesh)
+    with files.whole(target) as folder:
+        files.copy_files(b.folder, folder, [*files.SIDE_FILES, *files.LICENCE_FILES])
+        files.copy_files(side, folder, [f for f in files.SIDE_FILES if f != "config.json"])
+        files.write_folder(folder, blueprint.full_tensors(b, boxes, names[dtype] if dtype else None))
+        if dtype is not None:
+            hf = blueprint.read_config(b.folder)
+            hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+            (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def predict(
+    tuned: Tuned, source: config.Source, out: Path, s: Sampling, batch_size: int, said: Callable[[int, int], None]
+) -> int:
+    """Answer every row of a file, to JSONL with `prompt`, `prediction`, `finish` and, where there is one, `reference`.
+
+    Returns: the number of rows. The file appears when it is complete.
+    """
+    examples = formats.read(source)
+    pairs: list[tuple[str, str | None]] = []
+    for e in examples:
+        if isinstance(e, formats.Document):
+            pairs.append(((tuned.tokenizer.bos_token or "") + e.text, None))
+        elif tuned.template is None and len(e.messages) == 2:
+            pairs.append((tuned.prompt(e.messages[:1]), e.messages[1].content))
+        elif tuned.template is None:
+            raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
+        else:
+            pairs.append(encode.prompt_text(e, tuned.tokenizer, tuned.template))
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary.open("w", encoding="utf-8") as f, jax.set_mesh(tuned.mesh):
+            for i in range(0, len(pairs), batch_size):
+                part = pairs[i : i + batch_size]
+                for (prompt, reference), g in zip(part, tuned.generator.generate([p for p, _ in part], s), strict=True):
+                    row = {"prompt": prompt, "prediction": g.text, "finish": g.finish}
+                    row |= {} if reference is None else {"reference": reference}
+                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                said(min(i + batch_size, len(pairs)), len(pairs))
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(pairs)

@@ -1,0 +1,10 @@
+"""Full tuning: every weight trains."""
+
+from jaxtune.config import Full
+from jaxtune.models.decoder import DecoderConfig
+from jaxtune.tuning.method import Method, leave
+
+
+def method(tuning: Full, decoder: DecoderConfig) -> Method:
+    """Nothing is wrapped, everything trains."""
+    return Method(leave, [("", "train")])

@@ -1,0 +1,175 @@
+"""What a tuning method is, and what is done with one: wrap, label, group, split, join, merge, strip.
+
+Who trains is an ordered list of regexes over plain names (`layers/3/mlp/up_proj/weight`): the first match wins, and
+every weight is covered. The label "freeze" means: not differentiated, no optimiser state.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtune.errors import UserError
+from jaxtune.layers import Weight, group_name, is_weight, plain_names
+from jaxtune.models.decoder import DecoderConfig, abstract_weights
+from jaxtune.weights import Array, Node, densify, map_nodes, path_name
+
+FROZEN = "freeze"
+Tree = Any
+Wrap = Callable[[str, Weight, Array], Any]
+
+
+def leave(name: str, weight: Weight, key: Array) -> Any:
+    """The wrapping that wraps nothing."""
+    return weight
+
+
+class Method(NamedTuple):
+    """A tuning method.
+
+    `wrap` takes a weight's plain name, the `Weight` and a key, and gives the weight or a node of `Weight`s.
+    """
+
+    wrap: Wrap
+    rules: Sequence[tuple[str, str]]
+    updates: optax.GradientTransformation = optax.identity()
+
+
+def wrap(method: Method, weights: Tree, key: Array) -> Tree:
+    """Put the method's nodes into a tree of `Weight`s; abstract values stay abstract under `jax.eval_shape`."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
+    return tree.unflatten(
+        [method.wrap(plain_names(path_name(p))[0], w, jax.random.fold_in(key, i)) for i, (p, w) in enumerate(leaves)]
+    )
+
+
+def wrapped_shapes(method: Method, weights: Tree) -> Tree:
+    """`wrap` of abstract weights; no array is made."""
+    return jax.eval_shape(lambda w: wrap(method, w, jax.random.key(0)), weights)
+
+
+def label(method: Method, weights: Tree) -> Tree:
+    """A label for each leaf. The layers of one group agree, see `groups`.
+
+    Raises:
+      UserError: no rule covers a weight.
+    """
+
+    def one(path: tuple, _: Any) -> str:
+        labels = {_first(method.rules, n) for n in plain_names(path_name(path))}
+        if len(labels) != 1:
+            raise ValueError(f"{path_name(path)} holds layers of several labels: {sorted(labels)}")
+        return labels.pop()
+
+    return jax.tree_util.tree_map_with_path(one, weights, is_leaf=is_weight)
+
+
+def _first(rules: Sequence[tuple[str, str]], name: str) -> str:
+    for pattern, found in rules:
+        if re.search(pattern, name):
+            return found
+    raise UserError(f'no rule covers parameter {name!r}; add one, e.g. ("{name}", "{FROZEN}")')
+
+
+def groups(method: Method, one_group: Mapping[str, Tree], layers: int) -> tuple[int, ...]:
+    """How many consecutive layers are alike in what is wrapped and what trains, from first to last.
+
+    `one_group` is the abstract tree of the model with all its layers in one group. Freezing the lower 28 of 32 layers
+    gives `(28, 4)`: the backward pass then ends where the second group begins.
+    """
+    stacked = one_group[group_name(0, layers)]
+
+    def signature(i: int) -> Any:
+        single = {group_name(i, 1): jax.tree.map(_one_layer, stacked, is_leaf=is_weight)}
+        wrapped = wrapped_shapes(method, single)[group_name(i, 1)]
+        shapes = [w.value.shape for w in jax.tree.leaves(wrapped, is_leaf=is_weight)]
+        labels = jax.tree.leaves(label(method, {group_name(i, 1): wrapped}))
+        return jax.tree.structure(wrapped), shapes, labels
+
+    sizes, last = [], None
+    for i in range(layers):
+        if (now := signature(i)) == last:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+        last = now
+    return tuple(sizes)
+
+
+def _one_layer(w: Weight) -> Weight:
+    return w.like(jax.ShapeDtypeStruct((1, *w.value.shape[1:]), w.value.dtype))
+
+
+def covering(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
+    """Check that each pattern is a regex that matches a name.
+
+    Raises:
+      UserError: names the pattern that does not, and some names that there are.
+    """
+    for p in patterns:
+        try:
+            hit = any(re.search(p, n) for n in names)
+        except re.error as e:
+            raise UserError(f"{key}: {p!r} is not a regular expression: {e}") from e
+        if not hit:
+            some = dict.fromkeys(re.sub(r"layers/\d+", "layers/N", n) for n in names)
+            raise UserError(f"{key}: pattern {p!r} matches no weight; there are {', '.join(some)}")
+
+
+def decoder_names(decoder: DecoderConfig) -> list[str]:
+    """The plain names of a decoder's weights."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_weights(decoder), is_leaf=is_weight)
+    return [n for p, _ in leaves for n in plain_names(path_name(p))]
+
+
+# --- trees of arrays ------------------------------------------------------------------------------------------------
+
+
+def split(weights: Tree, labels: Tree) -> tuple[Tree, Tree]:
+    """The trainable and the frozen half, each with None where the other has its leaves."""
+
+    def half(trains: bool) -> Tree:
+        return jax.tree.map(lambda w, found: w if (found != FROZEN) == trains else None, weights, labels, is_leaf=is_weight)
+
+    return half(True), half(False)
+
+
+def join(trainable: Tree, frozen: Tree) -> Tree:
+    """The tree that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
+
+
+def merge(weights: Tree) -> Tree:
+    """Every node as the plain array that it amounts to: the same model, without adapters."""
+    return map_nodes(densify, weights)
+
+
+def strip(weights: Tree) -> Tree:
+    """Every node as the weight that it stands on: the model before tuning."""
+
+    def base(w: Any) -> Any:
+        while isinstance(w, Node):
+            w = w.base
+        return w
+
+    return map_nodes(base, weights)
+
+
+def count(tree: Tree) -> int:
+    """Numbers in a tree."""
+    return sum(int(x.size) for x in jax.tree.leaves(tree))
+
+
+def cast(weights: Tree, labels: Tree, compute_dtype: Any) -> Tree:
+    """Abstract `Weight`s in the dtypes they are held in: trained ones float32, frozen ones the compute dtype."""
+
+    def one(w: Any, found: str) -> Any:
+        if not is_weight(w) or not jnp.issubdtype(w.value.dtype, jnp.floating):
+            return w
+        dtype = compute_dtype if found == FROZEN else jnp.float32
+        return w.like(jax.ShapeDtypeStruct(w.value.shape, dtype))
+
+    return jax.tree.map(one, weights, labels, is_leaf=is_weight)

@@ -1,0 +1,178 @@
+"""Weights are values, and `einsum` and `take` are the one seam through which everything uses them.
+
+A weight is an array, or a *node*: a pytree that stands where an array stood and knows how to multiply (low-rank
+adapters today; quantised and masked weights the same way). The model never knows which. Nodes nest, and every leaf
+of a node keeps the leading layer axis of the array that it replaced, so nodes pass through `scan` unchanged.
+
+A node's first field is the weight it stands on: Linen compares a stored parameter's first leaf with its initialiser.
+
+Dimensions: letters of an einsum equation; `r` is the adapter's rank.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Tree = Any
+
+
+class Node:
+    """Base class of everything that stands in the place of an array."""
+
+
+@dataclass_transform(frozen_default=True)
+def node(cls: type) -> type:
+    """Make a frozen dataclass that is a pytree; fields declared with `static()` are compile-time constants."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree's structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def is_node(x: object) -> bool:
+    return isinstance(x, Node)
+
+
+class Equation(NamedTuple):
+    """An equation of one input and one weight, taken apart."""
+
+    x: str  # dimensions of the input
+    w: str  # dimensions of the weight
+    out: str  # dimensions of the result
+    into: str  # contracted dimensions of the weight
+    outof: str  # dimensions of the weight that the result has
+    batch: str  # dimensions of the input that the result has
+
+
+@functools.cache
+def parts(eqn: str) -> Equation:
+    """Take `"btd,dnh->btnh"` apart.
+
+    >>> parts("btd,dnh->btnh").into, parts("btd,dnh->btnh").outof, parts("btd,dnh->btnh").batch
+    ('d', 'nh', 'bt')
+    """
+    inputs, out = eqn.split("->")
+    x, w = inputs.split(",")
+    into = "".join(c for c in w if c not in out)
+    return Equation(x, w, out, into, "".join(c for c in w if c in out), "".join(c for c in x if c not in into))
+
+
+@functools.singledispatch
+def apply(w: Any, eqn: str, x: Array) -> Array:
+    """The product of input and weight; a node registers its own."""
+    w, e = w.astype(x.dtype), parts(eqn)
+    if jax.default_backend() == "cpu" and e.x == e.batch + e.into and e.out == e.batch + e.outof:
+        if e.w in (e.into + e.outof, e.outof + e.into):
+            return _flat_matmul(w, e, x)
+    return jnp.einsum(eqn, x, w)
+
+
+def _flat_matmul(w: Array, e: Equation, x: Array) -> Array:
+    """One two-dimensional matrix product: XLA on CPU runs it on the fast path, `[B, T, D]` inputs it does not."""
+    n_batch, n_w = len(e.batch), len(e.into) if e.w.startswith(e.into) else len(e.outof)
+    x_XI = x.reshape(-1, prod(x.shape[n_batch:]))
+    w_2d = w.reshape(prod(w.shape[:n_w]), -1)
+    into_axis = 0 if e.w.startswith(e.into) else 1
+    y_XO = jax.lax.dot_general(x_XI, w_2d, (((1,), (into_axis,)), ((), ())))
+    sizes = dict(zip(e.w, w.shape, strict=True))
+    return y_XO.reshape(*x.shape[:n_batch], *(sizes[c] for c in e.outof))
+
+
+def einsum(eqn: str, x: Array, w: Any) -> Array:
+    """Multiply `x` by a weight. The weight is cast to the input's dtype where it is used.
+
+    >>> einsum("btd,df->btf", jnp.ones((1, 2, 3)), jnp.ones((3, 4))).shape
+    (1, 2, 4)
+    """
+    return apply(w, eqn, x)
+
+
+@functools.singledispatch
+def take(w: Any, ids: Array, dtype: Any) -> Array:
+    """Rows of an embedding table: `w[ids]`, in `dtype`."""
+    return w[ids].astype(dtype)
+
+
+@functools.singledispatch
+def densify(w: Any) -> Any:
+    """The plain array that a node amounts to, in the dtype of the weight it stands on."""
+    return w
+
+
+@node
+class LoRA(Node):
+    """`x W + scale · (x A) B` — LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
+
+    `a` has the weight's input dimensions and the rank, `b` the rank and the weight's output dimensions. Dropout acts
+    on the adapter's input, and only while `key` is there (see `with_dropout`).
+    """
+
+    base: Any
+    a: Array
+    b: Array
+    key: Array | None = None
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+
+
+@apply.register
+def _(w: LoRA, eqn: str, x: Array) -> Array:
+    e = parts(eqn)
+    x_in = x
+    if w.key is not None and w.dropout > 0.0:
+        keep = jax.random.bernoulli(w.key, 1.0 - w.dropout, x.shape)
+        x_in = jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
+    down = apply(w.a, f"{e.x},{e.into}r->{e.batch}r", x_in) * w.scale
+    return apply(w.base, eqn, x) + apply(w.b, f"{e.batch}r,r{e.outof}->{e.out}", down)
+
+
+@take.register
+def _(w: LoRA, ids: Array, dtype: Any) -> Array:
+    return take(w.base, ids, dtype) + w.scale * jnp.einsum("...r,rd->...d", take(w.a, ids, dtype), w.b.astype(dtype))
+
+
+@densify.register
+def _(w: LoRA) -> Any:
+    base = densify(w.base)
+    stacked = w.a.ndim + w.b.ndim - base.ndim - 2  # 1 where the leaves carry a layer axis
+    update = jax.vmap(_low_rank) if stacked else _low_rank
+    return (base.astype(jnp.float32) + w.scale * update(w.a, w.b).reshape(base.shape)).astype(base.dtype)
+
+
+def _low_rank(a: Array, b: Array) -> Array:
+    return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
+
+
+def map_nodes(f: Callable[[Any], Any], weights: Tree) -> Tree:
+    """Apply `f` to every weight of a tree, an array or a whole node at a time."""
+    return jax.tree.map(f, weights, is_leaf=is_node)
+
+
+def with_dropout(weights: Tree, key: Array) -> Tree:
+    """Give every node that drops out a key of its own, one per layer where it is stacked; without it nothing drops."""
+    leaves, tree = jax.tree.flatten(weights, is_leaf=is_node)
+
+    def seeded(i: int, w: Any) -> Any:
+        if not isinstance(w, LoRA) or w.dropout == 0.0:
+            return w
+        mine, stacked = jax.random.fold_in(key, i), w.a.ndim + w.b.ndim - w.base.ndim - 2
+        return dataclasses.replace(w, key=jax.random.split(mine, w.a.shape[0]) if stacked else mine)
+
+    return tree.unflatten([seeded(i, w) for i, w in enumerate(leaves)])
+
+
+def path_name(path: tuple) -> str:
+    """A tree path as `a/b/c`, the form in which rules, errors and checkpoints name a weight.
+
+    >>> path_name(jax.tree_util.tree_leaves_with_path({"mlp": {"weight": 1}})[0][0])
+    'mlp/weight'
+    """
+    return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
