@@ -74,9 +74,7 @@ def draw(
     labels = tuning.label(method, wrapped)
     weights = tuning.cast(wrapped, labels, compute_dtype)
     tensors = files.match(files.read_folder(folder), plain, decoder.tied, str(folder))
-    return Blueprint(
-        folder, decoder, method, weights, labels, sharding.shardings(weights, mesh, log.warn), tensors
-    )
+    return Blueprint(folder, decoder, method, weights, labels, sharding.shardings(weights, mesh, log.warn), tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -110,7 +108,8 @@ def materialise(b: Blueprint, key: jax.Array) -> Tree:
         where = {path_name(p): s for p, s in places.items()}
         made = jax.jit(own, out_shardings={name: where[name] for name in shapes})(key)
     values = iter(jax.tree.leaves(base, is_leaf=is_weight))
-    return tree.unflatten([w.like(made[path_name(p)]) if path_name(p) in made else next(values) for p, w in leaves])
+    filled = [w.like(made[path_name(p)]) if path_name(p) in made else next(values) for p, w in leaves]
+    return jax.tree.unflatten(tree, filled)
 
 
 def boxed(b: Blueprint, arrays: Tree) -> Tree:
@@ -133,7 +132,9 @@ def full_tensors(b: Blueprint, weights: Tree, dtype: np.dtype | None = None) -> 
         for i, (plain, tensor) in enumerate(zip(plain_names(name), b.tensors[name], strict=True)):
             wanted = tensor.dtype if dtype is None else dtype
 
-            def data(w: Any = w, i: int = i, t: files.Tensor = tensor, trained: bool = trained, to: Any = wanted) -> Any:
+            def data(
+                w: Any = w, i: int = i, t: files.Tensor = tensor, trained: bool = trained, to: Any = wanted
+            ) -> Any:
                 if is_node(w):
                     return _merged(w, i, t).astype(to)
                 if trained:
@@ -155,5 +156,3 @@ def _merged(node: Any, i: int, tensor: files.Tensor) -> np.ndarray:
     base = tuning.strip(jax.tree.map(lambda w: w, node, is_leaf=is_weight))
     dense = densify(dataclasses.replace(one, base=jax.numpy.asarray(layout.from_hf(tensor.open(), base))))
     return layout.to_hf(np.asarray(dense), base)
-
-

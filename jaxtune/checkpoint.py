@@ -27,7 +27,7 @@ def flat(tree: Any) -> dict[str, Any]:
 def unflat(leaves: Mapping[str, Any], like: Any) -> Any:
     """The tree of the form of `like` with the leaves of `flat`."""
     paths, tree = jax.tree_util.tree_flatten_with_path(like)
-    return tree.unflatten([leaves[path_name(p)] for p, _ in paths])
+    return jax.tree.unflatten(tree, [leaves[path_name(p)] for p, _ in paths])
 
 
 class Checkpoints:
@@ -95,7 +95,9 @@ class Checkpoints:
             )
         except (OSError, ValueError, KeyError) as e:
             reason = " ".join(str(e).split())[:200]
-            raise UserError(f"{self.folder / str(step)}: cannot be restored ({reason}); remove it to use an older one") from e
+            raise UserError(
+                f"{self.folder / str(step)}: cannot be restored ({reason}); remove it to use an older one"
+            ) from e
         return {name: unflat(found["state"][name], tree) for name, tree in like.items()}, found["data"]
 
     def close(self) -> None:

@@ -404,7 +404,7 @@ def _keys(loc: Sequence[str], error: Mapping[str, Any]) -> list[str]:
     for part in loc:
         if part == "tuning":
             model = next((methods[p] for p in error["loc"] if p in methods), Lora)
-        elif part.isdigit() or part == "train" and model is Data:
+        elif part.isdigit() or (part == "train" and model is Data):
             model = Source
         else:
             model = model.model_fields[part].annotation

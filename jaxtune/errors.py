@@ -1,8 +1,12 @@
-"""The one error that a user should read: a line naming the thing, the place and the remedy. The CLI exits with 2 on it."""
+"""The one error that a user should read: a line naming the thing, the place and the remedy."""
 
 
 class UserError(ValueError):
-    """Something that the user can put right."""
+    """Something that the user can put right. The CLI exits with 2 on it."""
+
+
+class Interrupted(Exception):
+    """A run was told to stop, has saved, and can be resumed. The CLI exits with 75 on it."""
 
 
 def nearest(name: str, allowed: list[str]) -> str:

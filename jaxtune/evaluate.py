@@ -8,7 +8,7 @@ import jax
 
 from jaxtune.data.pipeline import Batch, Batches, Rows
 from jaxtune.objectives import Objective
-from jaxtune.train import Apply
+from jaxtune.training import Apply
 from jaxtune.weights import Array
 
 Sums = Callable[[Any, Mapping[str, Array]], tuple[Array, Array, Mapping[str, Array]]]

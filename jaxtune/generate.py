@@ -45,7 +45,7 @@ class Sampling:
 
 
 class _Decoding(NamedTuple):
-    cache: Cache
+    cache: Any  # a `Cache`
     logits_BV: Array  # of the next token
     position_B: Array
     seen_BV: Array  # which tokens a row holds, for the penalty
@@ -87,9 +87,7 @@ def _prefill(model: Decoder, weights: Any, ids_BT: Array, segment_BT: Array, siz
     B = ids_BT.shape[0]
     groups = {name: int(w["input_layernorm"]["weight"].shape[0]) for name, w in weights.items() if "layers_" in name}
     position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
-    outputs, cache = model.apply(
-        {"params": weights}, ids_BT, segment_BT, position_BT, Cache.empty(groups, c, B, size)
-    )
+    outputs, cache = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, Cache.empty(groups, c, B, size))
     seen_BV = jnp.zeros((B, c.vocab), bool).at[jnp.arange(B)[:, None], ids_BT].max(segment_BT > 0)
     logits_BV = outputs.logits(outputs.hidden_BTD[:, -1:])[:, 0]
     return _Decoding(cache, logits_BV, position_BT[:, -1] + 1, seen_BV, jnp.zeros(B, bool), key_B)
@@ -121,7 +119,7 @@ class Generator:
     def __init__(self, model: Decoder, weights: Any, tokenizer: Any, eos: Sequence[int]) -> None:
         self.model, self.weights, self.tokenizer, self.eos = model, weights, tokenizer, tuple(eos)
 
-    def generate(self, prompts: Sequence[str], s: Sampling = Sampling()) -> list[Generation]:  # noqa: B008 (frozen)
+    def generate(self, prompts: Sequence[str], s: Sampling = Sampling()) -> list[Generation]:
         """One text for each prompt, decoded together. A row's text does not depend on the others.
 
         Raises:
@@ -132,7 +130,7 @@ class Generator:
             state.advance(_AHEAD)
         return state.results()
 
-    def stream(self, prompt: str, s: Sampling = Sampling()) -> Iterator[str]:  # noqa: B008 (frozen)
+    def stream(self, prompt: str, s: Sampling = Sampling()) -> Iterator[str]:
         """The text of one prompt, piece by piece as it comes."""
         state, sent = _Texts(self, [prompt], s), 0
         while not state.finished:
@@ -201,7 +199,11 @@ class _Texts:
         tokenizer, prompt = self.g.tokenizer, self.prompts[row]
         before = tokenizer.decode(prompt, skip_special_tokens=True)
         whole = tokenizer.decode(prompt + self.new[row], skip_special_tokens=True)
-        return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(self.new[row], skip_special_tokens=True)
+        return (
+            whole[len(before) :]
+            if whole.startswith(before)
+            else tokenizer.decode(self.new[row], skip_special_tokens=True)
+        )
 
     def text(self, row: int) -> str:
         """The row's text so far, cut at the first stop string."""

@@ -49,6 +49,7 @@ class Weight(nn.LogicallyPartitioned):
 
 
 def is_weight(x: object) -> bool:
+    """Whether this is a `Weight` (as a leaf, for `jax.tree` functions)."""
     return isinstance(x, Weight)
 
 
@@ -74,7 +75,7 @@ class Linear(nn.Module):
         w = self.param("weight", lambda *args: Weight(init(*args), tuple(into + out), n_in=n_in), shape)
         y = einsum(self.eqn, x, w)
         if self.use_bias:
-            bias = self.param("bias", lambda _, s: Weight(jnp.zeros(s), tuple(out)), shape[n_in:])
+            bias: Any = self.param("bias", lambda _, s: Weight(jnp.zeros(s), tuple(out)), shape[n_in:])
             y = y + bias.astype(y.dtype)
         return y
 
@@ -128,7 +129,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
-        scale_D = self.param("weight", lambda _, s: Weight(jnp.ones(s), ("embed",)), x_BTD.shape[-1:])
+        scale_D: Any = self.param("weight", lambda _, s: Weight(jnp.ones(s), ("embed",)), x_BTD.shape[-1:])
         y_BTD = x_BTD.astype(jnp.float32)
         y_BTD = y_BTD * jax.lax.rsqrt(jnp.mean(y_BTD * y_BTD, -1, keepdims=True) + self.eps)
         return y_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
@@ -281,11 +282,11 @@ def plain_names(path: str) -> list[str]:
     return [f"layers/{i}/{path[m.end() :]}" for i in range(int(m[1]), int(m[2]) + 1)]
 
 
-def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any) -> list[tuple[int, nn.Module]]:
+def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any) -> list[tuple[str, nn.Module]]:
     """Layers in consecutive groups, each scanned over its stacked weights and rematerialised by a named policy.
 
-    Call in a module's compact method. Each gives `module(x, cache, *rest) -> (x, cache)`, where the leaves of `cache`
-    carry the layer axis and `rest` is the same for every layer.
+    Call in a module's compact method. By name, each gives `module(x, cache, *rest) -> (x, cache)`, where the leaves
+    of `cache` carry the layer axis and `rest` is the same for every layer.
     """
     if (policy := REMAT_POLICIES[remat]) is not None:
         block = nn.remat(block, prevent_cse=False, policy=policy)
@@ -299,6 +300,7 @@ def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any)
             length=count,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        scanned.append((first, module(*args, name=group_name(first, count))))
+        name = group_name(first, count)
+        scanned.append((name, module(*args, name=name)))
         first += count
     return scanned

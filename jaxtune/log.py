@@ -1,4 +1,4 @@
-"""What a run tells: a live line in a terminal and plain lines elsewhere, metrics.jsonl, TensorBoard events, loss.png."""
+"""What a run tells: a live line in a terminal, plain lines elsewhere; metrics.jsonl, TensorBoard events, loss.png."""
 
 import json
 import os

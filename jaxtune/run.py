@@ -5,15 +5,13 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
-import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,20 @@ import numpy as np
 
 from jaxtune import blueprint, config, evaluate, log, optim, sharding, tuning
 from jaxtune.blueprint import Blueprint
-from jaxtune.checkpoint import Checkpoints, flat, start_step
+from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
-from jaxtune.data import encode, formats, pipeline
+from jaxtune.data import encode, pipeline
 from jaxtune.data.pipeline import Batch, Batches, Prepared, Rows
-from jaxtune.errors import UserError
-from jaxtune.generate import Generator, Sampling
+from jaxtune.errors import Interrupted, UserError
 from jaxtune.hf import adapters, files, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.train import Every, Hooks, State, loop, make_step
+from jaxtune.training import Every, Hooks, State, loop, make_step
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
 EXPORT, CHECKPOINTS, CONFIG = "export", "checkpoints", "config.yaml"
 DEMO_FOLDER = Path(__file__).parent / "demo"
-
-
-class Interrupted(Exception):
-    """A run was told to stop, has saved, and can be resumed."""
 
 
 # --- where things are -----------------------------------------------------------------------------------------------
@@ -69,8 +62,8 @@ def model_folder(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(
-            f"model {name}: neither a folder here nor to be had from the hub ({type(e).__name__}); give a local folder, "
-            "or look at the name, the network and `hf auth login`"
+            f"model {name}: neither a folder here nor to be had from the hub ({type(e).__name__}); give "
+            "a local folder, or look at the name, the network and `hf auth login`"
         ) from e
 
 
@@ -78,13 +71,17 @@ def data_with_demo(data: config.Data) -> config.Data:
     """The data section with "demo" turned into the files that come with the package."""
     if data.train != DEMO:
         return data
-    held = data.validation if isinstance(data.validation, str) or data.validation else str(DEMO_FOLDER / "validation.jsonl")
+    held = (
+        data.validation
+        if isinstance(data.validation, str) or data.validation
+        else str(DEMO_FOLDER / "validation.jsonl")
+    )
     return data.model_copy(update={"train": str(DEMO_FOLDER / "train.jsonl"), "validation": held})
 
 
 def use_compile_cache() -> None:
     """Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -142,9 +139,7 @@ def prepare(c: Config) -> Job:
     words = tokenizer.load(folder)
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
     mesh = sharding.make_mesh(c.mesh)
-    b = blueprint.draw(
-        folder, lambda d: tuning.make(c.tuning, d), mesh, c.train.compute_dtype, c.train.remat
-    )
+    b = blueprint.draw(folder, lambda d: tuning.make(c.tuning, d), mesh, c.train.compute_dtype, c.train.remat)
     _check_vocabulary(data.train, b.decoder.vocab)
     if c.data.max_length > b.decoder.rope.context and b.decoder.rope.kind == "default":
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.rope.context}")
@@ -166,7 +161,9 @@ def prepare(c: Config) -> Job:
 
 def _check_vocabulary(rows: Rows, vocab: int) -> None:
     if (largest := max(int(e.ids.max()) for e in rows.examples)) >= vocab:
-        raise UserError(f"the tokenizer gives id {largest}, the model has {vocab} embeddings; they do not belong together")
+        raise UserError(
+            f"the tokenizer gives id {largest}, the model has {vocab} embeddings; they do not belong together"
+        )
 
 
 def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapping[str, Any]]:
@@ -203,6 +200,8 @@ def compile_step(job: Job) -> Any:
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
+    """The model as a function of weights and batch."""
+
     def apply(weights: Tree, batch: Mapping[str, Any]) -> Any:
         return b.model.apply({"params": weights}, batch["ids_BT"], batch["segment_BT"], batch["position_BT"])[0]
 
@@ -221,7 +220,9 @@ def train(c: Config) -> Path:
     job = prepare(c)
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
-        log.warn(f"{micro} sequences do not divide over {shards} parts of the batch: {shards - odd} empty ones are added")
+        log.warn(
+            f"{micro} sequences do not divide over {shards} parts of the batch: {shards - odd} empty ones are added"
+        )
     checkpoints = Checkpoints(out / CHECKPOINTS, c.checkpoint.keep)
     about = job.about
     start = start_step(c, checkpoints, about)
@@ -292,7 +293,15 @@ def _loop(
         every = Every(c.evaluate.every, c.checkpoint.every)
         put = putter(job.mesh, c.train.accumulation)
         state, n = loop(
-            state, compiled, batches, put, start, job.steps, every, hooks, lambda b: job.data.train.where(b.rows.tolist())
+            state,
+            compiled,
+            batches,
+            put,
+            start,
+            job.steps,
+            every,
+            hooks,
+            lambda b: job.data.train.where(b.rows.tolist()),
         )
         if told.is_set() and n < job.steps:
             checkpoints.close()
@@ -342,7 +351,8 @@ def introduce(job: Job, compiled: Any) -> None:
         [
             ("model", f"{b.folder.name or b.folder}: {all_ - _adapters(b):,} parameters"),
             ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
-            ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}; remat {c.train.remat}"),
+            ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
+                       f"remat {c.train.remat}"),
             ("data", f"{len(data.train.examples):,} examples, {data.train.tokens:,} tokens, "
                      f"{data.train.trained_tokens:,} of them trained on"),
             ("rows", f"{len(data.train):,} of {data.train.length} tokens, {100 * filled:.0f} % full"
@@ -375,8 +385,10 @@ def validate(c: Config) -> list[tuple[str, str]]:
         return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
     saved = held(job.state.saved())
-    exported = saved if isinstance(c.tuning, config.Lora) else sum(
-        int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts
+    exported = (
+        saved
+        if isinstance(c.tuning, config.Lora)
+        else sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
     )
     need = saved * (c.checkpoint.keep + 1) + exported
     out = Path(c.output).absolute()
@@ -386,9 +398,11 @@ def validate(c: Config) -> list[tuple[str, str]]:
     gradients = held(job.state.trainable)
     return [
         *[("remark", r) for r in data.remarks],
-        ("model", f"{b.folder}: {tuning_method.count(unbox(tuning_method.strip(b.weights))):,} parameters, all tensors fit"),
+        ("model", f"{b.folder}: {tuning_method.count(unbox(tuning_method.strip(b.weights))):,} parameters, "
+                  "all tensors fit"),
         ("tuning", f"{c.tuning.method}: {tuning_method.count(job.state.trainable):,} parameters train"),
-        ("data", f"{len(lengths):,} examples, tokens {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}"),
+        ("data", f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, "
+                 f"median {np.median(lengths):.0f}"),
         ("rows", f"{len(data.train):,} of {data.train.length} tokens"
                  + (f"; validation {len(data.validation):,}" if data.validation else "")),
         ("steps", f"{job.steps:,}"),
@@ -411,7 +425,9 @@ def export(job: Job, state: State) -> Path:
     return target
 
 
-def write_export(target: Path, b: Blueprint, weights: Tree, c: Config, template: str | None, whole: bool = False) -> None:
+def write_export(
+    target: Path, b: Blueprint, weights: Tree, c: Config, template: str | None, whole: bool = False
+) -> None:
     """The tuned model as a folder: an adapter where the method is LoRA and `whole` is not asked for."""
     with files.whole(target, replace=True) as folder:
         files.copy_files(b.folder, folder, files.LICENCE_FILES)
@@ -419,7 +435,9 @@ def write_export(target: Path, b: Blueprint, weights: Tree, c: Config, template:
             t = c.tuning
             base = c.model if c.model == DEMO else os.path.abspath(c.model) if Path(c.model).is_dir() else c.model
             adapters.write(folder, weights, base, t.rank, t.alpha, t.dropout, t.rslora)
-            files.copy_files(b.folder, folder, [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")])
+            files.copy_files(
+                b.folder, folder, [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
+            )
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))
@@ -442,7 +460,8 @@ def _card(job: Job, target: Path) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in job.about["versions"].items())
     return (
         f"---\nbase_model: {c.model}\nlibrary_name: {'peft' if isinstance(c.tuning, config.Lora) else 'transformers'}\n"
-        f"---\n\n# {Path(c.output).name}\n\n`{c.model}` tuned with jaxtune ({c.tuning.method}, objective {c.objective}).\n\n"
+        f"---\n\n# {Path(c.output).name}\n\n`{c.model}` tuned with jaxtune ({c.tuning.method}, "
+        f"objective {c.objective}).\n\n"
         f"{scores}![loss](loss.png)\n\n## Data\n\n{sources}\n\n{job.data.train.tokens:,} tokens, "
         f"{job.data.train.trained_tokens:,} of them trained on; digest `{job.data.train.digest()}`.\n\n"
         f"## Training\n\n{job.steps} steps of {c.train.batch_size} rows of {job.data.train.length} tokens on "

@@ -55,16 +55,17 @@ def batch_sharding(mesh: jax.sharding.Mesh, lead: int = 0) -> NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spec(w: Weight, mesh: jax.sharding.Mesh, whole: Callable[[str], None] = lambda axis: None) -> PartitionSpec:
+def spec(w: Weight, mesh: jax.sharding.Mesh, whole: Callable[[str], object] = lambda axis: None) -> PartitionSpec:
     """The mesh axes of one weight. Vectors are copied; a dimension that does not divide is too, and told to `whole`."""
     if len(w.names) - int(w.stacked) == 1:
         return PartitionSpec()
     axes: list[str | None] = []
     for size, name in zip(w.value.shape, w.names, strict=True):
-        axis = RULES[name]
+        axis = RULES[str(name)]
         if axis is not None and size % mesh.shape[axis]:
             whole(f"{name} {size} over {axis} {mesh.shape[axis]}")
             axis = None

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,20 @@ class Tuned:
         """Messages as the model was trained to see them; as they are where it has no template."""
         if self.template is None:
             return (self.tokenizer.bos_token or "") + "".join(m.content for m in messages)
-        return encode.prompt_text(formats.Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template)[0]
+        return encode.prompt_text(
+            formats.Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template
+        )[0]
 
     def answer(self, prompt: str, **options: Any) -> str:
         """The answer to one user message."""
         with jax.set_mesh(self.mesh):
             text = self.prompt([formats.Message("user", prompt)])
             return self.generator.generate([text], Sampling(**options))[0].text
+
+    def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
+        """The answer to a conversation, piece by piece."""
+        with jax.set_mesh(self.mesh):
+            yield from self.generator.stream(self.prompt(messages), s)
 
     def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
         """Loss, perplexity and token accuracy on rows."""
@@ -89,7 +96,9 @@ class Tuned:
             return evaluate.scores(sums, self.weights, rows, batch_size, run.putter(self.mesh, None))
 
 
-def open_model(target: str, adapter: str | None = None, dtype: str = "float32", mesh: config.Mesh | None = None) -> Tuned:
+def open_model(
+    target: str, adapter: str | None = None, dtype: str = "float32", mesh: config.Mesh | None = None
+) -> Tuned:
     """A run folder, an export, a Hugging Face folder or hub id, or a base with an adapter, ready to be used.
 
     Raises:
@@ -117,7 +126,9 @@ def open_weights(
         target = adapters.Adapter(folder).base
     base = run.model_folder(target)
     if adapter is None:
-        b = blueprint.draw(base, lambda _: tuning_method.Method(tuning_method.leave, [("", "freeze")]), mesh, dtype or "float32")
+        b = blueprint.draw(
+            base, lambda _: tuning_method.Method(tuning_method.leave, [("", "freeze")]), mesh, dtype or "float32"
+        )
         return b, blueprint.materialise(b, jax.random.key(0)), base
     found = adapters.Adapter(Path(adapter))
     method = tuning_method.Method(found.wrap, [("", "freeze")])
@@ -136,7 +147,9 @@ def _from_checkpoint(folder: Path, dtype: str | None) -> tuple[Blueprint, Tree, 
     job = run.prepare(c)
     checkpoints = Checkpoints(folder / run.CHECKPOINTS, c.checkpoint.keep)
     if (newest := checkpoints.newest) is None:
-        raise UserError(f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it")
+        raise UserError(
+            f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it"
+        )
     restored, _ = checkpoints.restore(newest, job.state.saved())
     checkpoints.close()
     boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))

@@ -23,7 +23,9 @@ Tree = Any
 
 
 class Node:
-    """Base class of everything that stands in the place of an array."""
+    """Base class of everything that stands in the place of an array, `base`."""
+
+    base: Any
 
 
 @dataclass_transform(frozen_default=True)
@@ -38,6 +40,7 @@ def static(**kwargs: Any) -> Any:
 
 
 def is_node(x: object) -> bool:
+    """Whether this stands in the place of an array (as a leaf, for `jax.tree` functions)."""
     return isinstance(x, Node)
 
 
@@ -69,9 +72,9 @@ def parts(eqn: str) -> Equation:
 def apply(w: Any, eqn: str, x: Array) -> Array:
     """The product of input and weight; a node registers its own."""
     w, e = w.astype(x.dtype), parts(eqn)
-    if jax.default_backend() == "cpu" and e.x == e.batch + e.into and e.out == e.batch + e.outof:
-        if e.w in (e.into + e.outof, e.outof + e.into):
-            return _flat_matmul(w, e, x)
+    in_order = e.x == e.batch + e.into and e.out == e.batch + e.outof and e.w in (e.into + e.outof, e.outof + e.into)
+    if in_order and jax.default_backend() == "cpu":
+        return _flat_matmul(w, e, x)
     return jnp.einsum(eqn, x, w)
 
 
@@ -116,9 +119,9 @@ class LoRA(Node):
     """
 
     base: Any
-    a: Array
-    b: Array
-    key: Array | None = None
+    a: Any
+    b: Any
+    key: Any = None
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
 
@@ -166,7 +169,7 @@ def with_dropout(weights: Tree, key: Array) -> Tree:
         mine, stacked = jax.random.fold_in(key, i), w.a.ndim + w.b.ndim - w.base.ndim - 2
         return dataclasses.replace(w, key=jax.random.split(mine, w.a.shape[0]) if stacked else mine)
 
-    return tree.unflatten([seeded(i, w) for i, w in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [seeded(i, w) for i, w in enumerate(leaves)])
 
 
 def path_name(path: tuple) -> str:

@@ -5,6 +5,7 @@ assistant's follows from the characters that the template put between the prompt
 so any template works, with or without a generation tag.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,6 +91,4 @@ def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, pro
 def visible(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
     """A row as runs of text, each with whether it is trained on; for the sample shown before training."""
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)] if len(ids) else [0]
-    return [
-        (tokenizer.decode(ids[a:b].tolist()), bool(mask[a])) for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    return [(tokenizer.decode(ids[a:b].tolist()), bool(mask[a])) for a, b in itertools.pairwise(edges)]

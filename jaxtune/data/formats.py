@@ -13,6 +13,8 @@ ROLES = ("system", "user", "assistant")
 
 
 class Message(NamedTuple):
+    """One turn."""
+
     role: str
     content: str
 

@@ -103,7 +103,9 @@ def held_out(validation: float, n: int) -> int:
     """
     count = max(1, round(validation * n)) if validation < 1 else int(validation)
     if count >= n:
-        raise UserError(f"data.validation={validation:g} holds out {count} of {n} examples, so none is left to train on")
+        raise UserError(
+            f"data.validation={validation:g} holds out {count} of {n} examples, so none is left to train on"
+        )
     return count
 
 

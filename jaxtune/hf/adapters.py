@@ -3,6 +3,7 @@
 Layout of peft: `lora_A` is `(r, in)`, `lora_B` is `(out, r)`, under `base_model.model.<module>`.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -36,8 +37,8 @@ def write(folder: Path, weights: Any, base: str, rank: int, alpha: float, dropou
             a_rI, b_Or = a.reshape(-1, rank).T, b.reshape(rank, -1).T
             for suffix, array in (("lora_A", a_rI), ("lora_B", b_Or)):
                 key = f"{_PREFIX}{module}.{suffix}.weight"
-                tensors[key] = files.Entry(array.shape, np.dtype("float32"), lambda x=array: x)
-    config = {
+                tensors[key] = files.Entry(array.shape, array.dtype, functools.partial(np.ascontiguousarray, array))
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -115,7 +116,9 @@ class Adapter:
         if w.stacked:
             first = int(name.split("/")[1])
             tail = name.split("/", 2)[2]
-            modules = [layout.hf_name(f"layers/{first + i}/{tail}").removesuffix(".weight") for i in range(w.value.shape[0])]
+            modules = [
+                layout.hf_name(f"layers/{first + i}/{tail}").removesuffix(".weight") for i in range(w.value.shape[0])
+            ]
         if not name.endswith("/weight") or modules[0] not in self._found or w.names[int(w.stacked)] == "vocab":
             return w
         self._used.update(modules)
@@ -150,5 +153,3 @@ def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: floa
         if re.search(rf"(^|.*\.){pattern}$", module):
             return value
     return otherwise
-
-

@@ -71,7 +71,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > size - 8:
-                raise UserError(f"{file}: not a whole safetensors file (header of {length} bytes, file {size}); {remedy}")
+                raise UserError(
+                    f"{file}: not a whole safetensors file (header of {length} bytes, file {size}); {remedy}"
+                )
             header = json.loads(f.read(length))
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such file; the folder's index names it") from e
@@ -171,7 +173,7 @@ def load(found: Mapping[str, list[Tensor]], weights: Any, shardings: Any) -> Any
     def one(path: tuple, w: Any, sharding: jax.sharding.Sharding) -> Any:
         tensors = found[path_name(path)]
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             if not w.stacked:
                 return np.ascontiguousarray(layout.from_hf(tensors[0].open(), w)[index], dtype=w.value.dtype)
             layers = tensors[index[0]]
@@ -197,17 +199,16 @@ class Entry(NamedTuple):
     data: Callable[[], np.ndarray]
 
 
-def entries(weights: Any, dtype_of: Callable[[str], np.dtype]) -> dict[str, Entry]:
-    """The Hugging Face tensors of a tree of `Weight`s with plain arrays; each layer is fetched when it is written."""
+def entries(weights: Any, dtype: np.dtype) -> dict[str, Entry]:
+    """The Hugging Face tensors of a tree of `Weight`s with plain arrays: of a model that has no base folder."""
     out = {}
     for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
         for i, name in enumerate(layout.hf_names(path_name(path))):
 
-            def data(w: Any = w, i: int = i, dtype: np.dtype = dtype_of(name)) -> np.ndarray:
-                layer = w.value[i] if w.stacked else w.value
-                return layout.to_hf(np.asarray(layer), w).astype(dtype)
+            def data(w: Any = w, i: int = i) -> np.ndarray:
+                return layout.to_hf(np.asarray(w.value[i] if w.stacked else w.value), w).astype(dtype)
 
-            out[name] = Entry(layout.hf_shape(w), dtype_of(name), data)
+            out[name] = Entry(layout.hf_shape(w), dtype, data)
     return out
 
 
@@ -247,7 +248,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Entry], shard_bytes: int = 
         filled, total = filled + size, total + size
     if len(shards) == 1:
         return write(folder / "model.safetensors", shards[0])
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         write(folder / file, shard)

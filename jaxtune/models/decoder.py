@@ -69,6 +69,8 @@ class Cache:
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
     c: DecoderConfig
 
     @nn.compact
@@ -89,6 +91,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The gated feed-forward part (SwiGLU, Shazeer, 2020)."""
+
     c: DecoderConfig
 
     @nn.compact
@@ -100,14 +104,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer; `where` says at which positions and segments the tokens stand."""
+
     c: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BTD: Array, cache: Any, where: Any) -> tuple[Array, Any]:
         eps = self.c.norm_eps
-        a_BTD, cache = Attention(self.c, name="self_attn")(
-            RMSNorm(eps, name="input_layernorm")(x_BTD), cache, where
-        )
+        a_BTD, cache = Attention(self.c, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x_BTD), cache, where)
         x_BTD = x_BTD + a_BTD
         x_BTD = x_BTD + Mlp(self.c, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x_BTD))
         return constrain(x_BTD), cache
@@ -135,8 +139,8 @@ class Decoder(nn.Module):
         x_BTD = constrain(embed(ids_BT))
         where = (rope_tables(c.rope, position_BT), segment_BT, k_segment_BS, start)
         layers = {}
-        for _, group in stack(Block, c.groups or (c.layers,), c.remat, c):
-            x_BTD, layers[group.name] = group(x_BTD, cache.layers[group.name] if cache else None, where)
+        for name, group in stack(Block, c.groups or (c.layers,), c.remat, c):
+            x_BTD, layers[name] = group(x_BTD, cache.layers[name] if cache else None, where)
         x_BTD = RMSNorm(c.norm_eps, name="norm")(x_BTD)
         if cache is not None:
             cache = Cache(layers, k_segment_BS, start + ids_BT.shape[1])

@@ -37,7 +37,7 @@ def cross_entropy(outputs: Outputs, target_BT: Array, weight_BT: Array) -> tuple
     return _sums(outputs.eqn, hidden_CBcD, outputs.head, target_CBc, weight_CBc)
 
 
-def _chunks(outputs: Outputs, shape: tuple[int, int]) -> int:
+def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
     """How many pieces the time axis goes in, for a chunk's logits to stay within LOGITS_BYTES on each device."""
     vocab = jax.eval_shape(lambda o: o.logits(o.hidden_BTD[:1, :1]), outputs).shape[-1]
     mesh = jax.sharding.get_abstract_mesh()
@@ -83,8 +83,9 @@ def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc:
         hidden_BcD, target_Bc, weight_Bc = chunk
 
         def loss_of(hidden_BcD: Array, some: list) -> tuple[Array, Array]:
-            some = iter(some)
-            whole = tree.unflatten([next(some) if t else v for t, v in zip(trained, values, strict=True)])
+            left = iter(some)
+            mixed = [next(left) if t else v for t, v in zip(trained, values, strict=True)]
+            whole = jax.tree.unflatten(tree, mixed)
             return _chunk(eqn, hidden_BcD, whole, target_Bc, weight_Bc)
 
         some = [v for t, v in zip(trained, values, strict=True) if t]
@@ -97,9 +98,9 @@ def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc:
     zeros = [jnp.zeros(v.shape, jnp.float32) for t, v in zip(trained, values, strict=True) if t]
     start = (jnp.float32(0), jnp.float32(0)), zeros
     (sums, grads), d_hidden_CBcD = jax.lax.scan(body, start, (hidden_CBcD.value, *wanted[1:]))
-    some = iter(grads)
-    d_head = [next(some).astype(v.dtype) if t else None for t, v in zip(trained, values, strict=True)]
-    return sums, (d_hidden_CBcD, d_head, tree.unflatten([jnp.zeros((), v.dtype) for v in values]))
+    left = iter(grads)
+    d_head = [next(left).astype(v.dtype) if t else None for t, v in zip(trained, values, strict=True)]
+    return sums, (d_hidden_CBcD, d_head, jax.tree.unflatten(tree, [jnp.zeros((), v.dtype) for v in values]))
 
 
 def _backward(eqn: str, saved: tuple, cotangents: tuple) -> tuple[Any, Any, None, None]:
@@ -107,7 +108,7 @@ def _backward(eqn: str, saved: tuple, cotangents: tuple) -> tuple[Any, Any, None
     scale = cotangents[0]
     scale = jnp.float32(0) if isinstance(scale, jax.custom_derivatives.SymbolicZero) else scale
     tree = jax.tree.structure(like)
-    d_head = tree.unflatten([None if d is None else (scale * d).astype(d.dtype) for d in d_head])
+    d_head = jax.tree.unflatten(tree, [None if d is None else (scale * d).astype(d.dtype) for d in d_head])
     return (scale * d_hidden_CBcD).astype(d_hidden_CBcD.dtype), d_head, None, None
 
 

@@ -41,9 +41,10 @@ class Method(NamedTuple):
 def wrap(method: Method, weights: Tree, key: Array) -> Tree:
     """Put the method's nodes into a tree of `Weight`s; abstract values stay abstract under `jax.eval_shape`."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
-    return tree.unflatten(
-        [method.wrap(plain_names(path_name(p))[0], w, jax.random.fold_in(key, i)) for i, (p, w) in enumerate(leaves)]
-    )
+    wrapped = [
+        method.wrap(plain_names(path_name(p))[0], w, jax.random.fold_in(key, i)) for i, (p, w) in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, wrapped)
 
 
 def wrapped_shapes(method: Method, weights: Tree) -> Tree:
@@ -89,7 +90,8 @@ def groups(method: Method, one_group: Mapping[str, Tree], layers: int) -> tuple[
         labels = jax.tree.leaves(label(method, {group_name(i, 1): wrapped}))
         return jax.tree.structure(wrapped), shapes, labels
 
-    sizes, last = [], None
+    sizes: list[int] = []
+    last = None
     for i in range(layers):
         if (now := signature(i)) == last:
             sizes[-1] += 1
@@ -132,7 +134,9 @@ def split(weights: Tree, labels: Tree) -> tuple[Tree, Tree]:
     """The trainable and the frozen half, each with None where the other has its leaves."""
 
     def half(trains: bool) -> Tree:
-        return jax.tree.map(lambda w, found: w if (found != FROZEN) == trains else None, weights, labels, is_leaf=is_weight)
+        return jax.tree.map(
+            lambda w, found: w if (found != FROZEN) == trains else None, weights, labels, is_leaf=is_weight
+        )
 
     return half(True), half(False)
 

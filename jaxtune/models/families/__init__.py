@@ -9,6 +9,8 @@ from jaxtune.models.families import llama
 
 
 class Family(NamedTuple):
+    """How a family's config.json is read and written."""
+
     from_hf: Callable[[Mapping[str, Any]], DecoderConfig]
     to_hf: Callable[[DecoderConfig], dict[str, Any]]
 
@@ -22,9 +24,9 @@ def from_hf(config: Mapping[str, Any], place: str = "config.json") -> DecoderCon
     Raises:
       UserError: the model type, or a feature that the config asks for, is not supported.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in FAMILIES:
-        raise UserError(f"{place}: model_type {kind!r} is not supported{nearest(str(kind), list(FAMILIES))}")
+        raise UserError(f"{place}: model_type {kind!r} is not supported{nearest(kind, list(FAMILIES))}")
     try:
         return FAMILIES[kind].from_hf(config)
     except KeyError as e:

@@ -26,8 +26,8 @@ class State(NamedTuple):
     trainable: Tree
     frozen: Tree
     optimiser: Tree
-    step: Array  # int32, steps taken
-    key: Array  # uint32, the data of dropout's key; the same throughout, folded with the step
+    step: Any  # int32, steps taken
+    key: Any  # uint32, the data of dropout's key; the same throughout, folded with the step
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint holds: all but the frozen weights."""

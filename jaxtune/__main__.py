@@ -1,0 +1,5 @@
+"""`python -m jaxtune` is `jaxtune`."""
+
+from jaxtune.cli import main
+
+main()

@@ -1,0 +1,300 @@
+"""The command line: `jaxtune VERB …`, with `key=value` over any config.
+
+Exit codes: 0 done, 2 something that the user can put right (one line says what), 75 stopped and saved, run it again.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jaxtune import config, log
+from jaxtune.errors import Interrupted, UserError, nearest
+
+RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h
+
+app = typer.Typer(
+    name="jaxtune",
+    help="Fine-tune large language models with JAX. `jaxtune VERB --help` tells more of a verb.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="The configs that come along.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+
+Pairs = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, and values over it.")
+]
+Target = Annotated[str, typer.Argument(help="A run folder, an export, or a model folder in Hugging Face format.")]
+Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter folder to put on the model.")]
+Dtype = Annotated[str, typer.Option(help="Compute in float32 or bfloat16.")]
+
+
+def _config(arguments: list[str] | None) -> config.Config:
+    """The config that the arguments of a verb name: a file, if the first is none of key=value, and values over it."""
+    rest = list(arguments or [])
+    file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    if file is None and not rest:
+        raise UserError("neither a config nor a key=value was given; `jaxtune recipes ls` lists configs")
+    return config.load(file, config.parse_overrides(rest))
+
+
+@app.command()
+def train(arguments: Pairs = None) -> None:
+    """Tune a model as CONFIG says, and export it. Run the same command again to go on after a stop."""
+    from jaxtune import run
+
+    run.train(_config(arguments))
+
+
+@app.command()
+def validate(arguments: Pairs = None) -> None:
+    """Check CONFIG, files, columns, lengths, memory and disk, before any device is touched."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    from jaxtune import run
+
+    log.table(run.validate(_config(arguments)))
+    log.say("valid")
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    data: Annotated[str, typer.Argument(help="A JSONL or CSV file, or demo.")],
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the data section.")
+    ] = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
+    objective: Annotated[str, typer.Option(help="sft or pretrain.")] = "sft",
+) -> None:
+    """Loss, perplexity and token accuracy on a data file; also written to scores.json in a run folder."""
+    from jaxtune import run, tuned
+    from jaxtune.data import pipeline
+
+    _one_of("--objective", objective, ["sft", "pretrain"])
+    model = tuned.open_model(target, adapter, _dtype(dtype))
+    if data == config.DEMO:
+        data = str(run.DEMO_FOLDER / "validation.jsonl")
+    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
+    options = config.load(None, given, {"data": {"train": data, "validation": 0.0}}).data
+    if "max_length" not in given.get("data", {}):
+        options = options.model_copy(
+            update={"max_length": min(options.max_length, model.blueprint.decoder.rope.context)}
+        )
+    prepared = pipeline.prepare(options, model.tokenizer, 0, objective)
+    for remark in prepared.remarks:
+        log.say(remark.replace("train:", f"{data}:"))
+    scores = model.scores(prepared.train, batch_size, objective)
+    log.table([(k, f"{v:.4f}") for k, v in scores.items()])
+    if (Path(target) / run.CONFIG).exists():
+        file = Path(target) / "scores.json"
+        file.write_text(json.dumps({"data": data, **scores}, indent=2) + "\n")
+        log.say(f"written to {file}")
+
+
+MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k likeliest; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest that together have this probability.")]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens that are there already become less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+
+
+@app.command()
+def predict(
+    target: Target,
+    file: Annotated[str, typer.Argument(help="A JSONL or CSV file of prompts, in any of the data formats.")],
+    out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
+    adapter: Adapter = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows.")] = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+) -> None:
+    """Answer every row of a file."""
+    from jaxtune import run, tuned
+    from jaxtune.generate import Sampling
+
+    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
+    if file == config.DEMO:
+        file = str(run.DEMO_FOLDER / "validation.jsonl")
+    model = tuned.open_model(target, adapter, _dtype(dtype))
+    source = config.Source(path=file, max_samples=max_samples)
+    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"))
+    log.say(f"{n} answers written to {out}")
+
+
+@app.command()
+def chat(
+    target: Target,
+    adapter: Adapter = None,
+    dtype: Dtype = "float32",
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model. /reset forgets what was said, /exit (or the end of input) leaves."""
+    from jaxtune import tuned
+    from jaxtune.data.formats import Message
+    from jaxtune.generate import Sampling
+
+    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
+    model = tuned.open_model(target, adapter, _dtype(dtype))
+    start = [Message("system", system)] if system else []
+    messages = list(start)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        if text == "/exit":
+            break
+        if text == "/reset":
+            messages = list(start)
+        elif text:
+            messages.append(Message("user", text))
+            answer = ""
+            for piece in model.stream(messages, s):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                answer += piece
+            log.say()
+            messages.append(Message("assistant", answer))
+
+
+@app.command()
+def merge(
+    target: Annotated[str, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    adapter: Adapter = None,
+) -> None:
+    """Write a tuned model as one whole Hugging Face folder, adapters merged into the weights."""
+    from jaxtune import tuned
+
+    tuned.write_model(target, out, adapter)
+    log.say(f"written to {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A run folder, an export, or a model folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the source's own where not given.")
+    ] = None,
+) -> None:
+    """Write a model in another form: a whole Hugging Face folder, in its own or another dtype."""
+    from jaxtune import tuned
+
+    _one_of("--to", to, ["hf"])
+    tuned.write_model(source, out, None, dtype)
+    log.say(f"written to {out}")
+
+
+@app.command("config-schema")
+def config_schema() -> None:
+    """The JSON schema of a config, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **config.Config.model_json_schema()}
+    log.say(json.dumps(schema, indent=2))
+
+
+def recipe_folder() -> Path:
+    """Where the configs are: in the installed package, or beside it in a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _recipe(name: str) -> Path:
+    known = {p.stem: p for p in recipe_folder().glob("*.yaml")}
+    if name.removesuffix(".yaml") not in known:
+        raise UserError(f"recipe {name!r} does not exist{nearest(name, list(known))}")
+    return known[name.removesuffix(".yaml")]
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """List the recipes, with the first line of each."""
+    files = sorted(recipe_folder().glob("*.yaml"))
+    log.table([(f.stem, f.read_text().splitlines()[0].lstrip("# ")) for f in files])
+
+
+@recipes.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    log.say(_recipe(name).read_text().rstrip())
+
+
+@recipes.command("cp")
+def recipes_cp(name: str, target: Path = Path()) -> None:
+    """Copy a recipe, to make it one's own."""
+    source = _recipe(name)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another name")
+    shutil.copyfile(source, target)
+    log.say(f"copied to {target}")
+
+
+def _one_of(option: str, value: str, allowed: list[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option} {value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def _dtype(value: str) -> str:
+    _one_of("--dtype", value, ["float32", "bfloat16"])
+    return value
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a verb; errors become one line and an exit code, or a stack trace with --debug."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], standalone_mode=True)
+    except UserError as e:
+        if debug:
+            raise
+        _fail(str(e))
+    except KeyboardInterrupt:
+        _fail("interrupted; a run goes on from its last checkpoint", 130)
+    except OSError as e:
+        if debug or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        _fail(f"{e.filename or 'disk'}: {e.strerror}; make room or choose another output")
+    except Interrupted as e:
+        _fail(str(e), RESUME_ME)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    print(f"{'error' if code == 2 else 'stopped'}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()
