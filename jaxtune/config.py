@@ -4,6 +4,7 @@ YAML holds numbers and names only. Every key is documented here, with its defaul
 same as a JSON schema. Relative paths in a file start at that file, in an override at the working directory.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -363,7 +364,7 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     def joined(value: Any, must: bool = True) -> Any:
         if not isinstance(value, str) or value in (DEMO, "") or Path(value).is_absolute():
             return value
-        path = folder / value
+        path = Path(os.path.normpath(folder / value))
         return str(path) if must or path.exists() or value.startswith((".", "~")) or value.count("/") != 1 else value
 
     tree = dict(tree)

@@ -4,11 +4,13 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _WARNED: set[str] = set()
+_WINDOW = 20  # steps over which the speed is taken
 
 
 def say(text: str = "") -> None:
@@ -76,21 +78,21 @@ class RunLog:
         _write_lines(self.file, self.history)
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._events: Any = None
-        self._began = self._last = time.perf_counter()
-        self._tokens = self._steps = self._done = 0
+        self._began, self._done = time.perf_counter(), 0
+        self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
 
     def step(self, n: int, values: Mapping[str, float], tokens: int, write: bool) -> None:
         """After step `n`: `tokens` were read; a line is written where `write` says so, the live line always moves."""
         now = time.perf_counter()
-        self._tokens, self._steps, self._done = self._tokens + tokens, self._steps + 1, self._done + 1
+        self._done += 1
+        self._ticks.append((now, tokens))
         eta = (now - self._began) / self._done * (self.total - n)
+        began = self._ticks[0][0] if len(self._ticks) > 1 else self._began
+        rate = sum(t for _, t in list(self._ticks)[len(self._ticks) > 1 :]) / max(now - began, 1e-9)
         if write:
-            rate = self._tokens / max(now - self._last, 1e-9)
             self.write(n, {**values, "tokens_per_second": rate})
-            self._show(n, values["loss"], rate, eta, final=True)
-            self._tokens, self._steps, self._last = 0, 0, now
-        elif self._live:
-            self._show(n, values["loss"], self._tokens / max(now - self._last, 1e-9), eta, final=False)
+        if write or self._live:
+            self._show(n, values["loss"], rate, eta, final=write)
 
     def _show(self, n: int, loss: float, rate: float, eta: float, final: bool) -> None:
         line = f"step {n}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(eta)} left"
@@ -105,7 +107,9 @@ class RunLog:
             return
         self.write(n, {f"eval_{k}": v for k, v in values.items()})
         self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in values.items()))
-        self._last, self._tokens = time.perf_counter(), 0
+        self._ticks.clear()  # the time of an evaluation is not that of steps
+        if not self._done:
+            self._began = time.perf_counter()
 
     def line(self, text: str) -> None:
         """A line of its own, not in the live one."""
@@ -123,6 +127,13 @@ class RunLog:
             self._events = SummaryWriter(str(self.folder / "events"), purge_step=self.start + 1 if self.start else None)
         for k, v in values.items():
             self._events.add_scalar(k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}", v, n)
+
+    def summary(self) -> None:
+        """The first and the last scores on the validation set."""
+        held = [m for m in self.history if "eval_loss" in m]
+        if len(held) > 1:
+            names = [k for k in held[-1] if k.startswith("eval_")]
+            self.line("validation " + ", ".join(f"{k[5:]} {held[0][k]:.4f} → {held[-1][k]:.4f}" for k in names))
 
     def close(self) -> None:
         """Flush everything and draw loss.png."""

@@ -306,6 +306,7 @@ def _loop(
         if told.is_set() and n < job.steps:
             checkpoints.close()
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
+        runlog.summary()
     return state
 
 
@@ -349,7 +350,7 @@ def introduce(job: Job, compiled: Any) -> None:
     axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
     log.table(
         [
-            ("model", f"{b.folder.name or b.folder}: {all_ - _adapters(b):,} parameters"),
+            ("model", f"{c.model if c.model == DEMO else b.folder.name}: {all_ - _adapters(b):,} parameters"),
             ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
             ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
                        f"remat {c.train.remat}"),

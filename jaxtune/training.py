@@ -75,7 +75,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimiser = tx.update(grads, state.optimiser, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        report = {"loss": loss_sum / count, "grad_norm": optax.global_norm(grads), "tokens": count}
+        report = {"loss": loss_sum / count, "grad_norm": optax.tree.norm(grads), "tokens": count}
         report |= {"accuracy": metrics["hits"] / count} if "hits" in metrics else {}
         return State(trainable, state.frozen, optimiser, state.step + 1, state.key), report
 

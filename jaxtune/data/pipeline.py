@@ -6,6 +6,7 @@ stands is one small JSON state (Grain's), and nothing is replayed or left over o
 Dimensions: B batch, T time.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from jaxtune.data.packing import COLUMNS, lay_out, pack
 from jaxtune.errors import UserError
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """Encoded examples, which of them share a row, and where each came from."""
 
     examples: Sequence[Encoded]

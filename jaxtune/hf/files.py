@@ -227,7 +227,7 @@ def write(file: Path, tensors: Mapping[str, Entry]) -> None:
     with file.open("wb") as f:
         f.write(len(blob).to_bytes(8, "little") + blob)
         for name in order:
-            data = np.ascontiguousarray(tensors[name].data())
+            data = np.asarray(tensors[name].data(), order="C")
             if data.shape != tensors[name].shape or data.dtype != tensors[name].dtype:
                 raise ValueError(f"{name}: made {data.dtype}{data.shape}, announced {tensors[name][:2]}")
             f.write(data.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,130 @@
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxtune.data import encode
+from jaxtune.data.formats import Conversation, Document, Message
+from jaxtune.data.templates import TEMPLATES, choose
+from jaxtune.errors import UserError
+from jaxtune.hf import tokenizer
+
+CHAT = Conversation(
+    (
+        Message("system", "Be brief."),
+        Message("user", "Hi there"),
+        Message("assistant", "Hello!"),
+        Message("user", "How are you?"),
+        Message("assistant", "Fine, thanks."),
+    ),
+    "messages",
+    "f:1",
+)
+
+
+@pytest.fixture(scope="module")
+def words(tiny):
+    return tokenizer.load(tiny)
+
+
+def trained(tok, e):
+    return [t for t, on in encode.visible(tok, e.ids, e.mask) if on]
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_loss_falls_on_the_assistants_words_alone(words, name):
+    e = encode.encode(CHAT, words, TEMPLATES[name])
+    got = trained(words, e)
+    assert [t.removesuffix("</s>").removesuffix("<|im_end|>").removesuffix("<|eot_id|>") for t in got] == [
+        "Hello!",
+        "Fine, thanks.",
+    ]
+    assert trained(words, encode.encode(CHAT, words, TEMPLATES[name], "last"))[0].startswith("Fine")
+    assert encode.encode(CHAT, words, TEMPLATES[name], "all").mask.all()
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_the_prompt_of_a_turn_is_what_comes_before_its_answer(words, name):
+    prompt, answer = encode.prompt_text(CHAT, words, TEMPLATES[name])
+    text, spans = encode.render(CHAT, words, TEMPLATES[name], "last")
+    assert answer == "Fine, thanks."
+    assert text[: spans[0][0]] == prompt
+
+
+@pytest.mark.parametrize("family", ["qwen2.5", "minimind", "deepseek_r1"])
+def test_templates_of_real_tokenizers(assets, tmp_path, family):
+    folder = assets / "tokenizers" / family
+    for f in folder.iterdir():
+        if f.suffix == ".gz":
+            (tmp_path / f.stem).write_bytes(gzip.decompress(f.read_bytes()))
+        else:
+            shutil.copyfile(f, tmp_path / f.name)
+    tok = tokenizer.load(tmp_path)
+    assert tok.chat_template
+    e = encode.encode(CHAT, tok, tok.chat_template)
+    got = "".join(trained(tok, e))
+    assert "Hello!" in got
+    assert "Fine, thanks." in got
+    assert "Hi there" not in got
+    assert "brief" not in got
+    whole = tok.apply_chat_template([m._asdict() for m in CHAT.messages], tokenize=True, return_dict=False)
+    assert e.ids.tolist() == list(whole)
+
+
+def test_goldens_of_tokenizers(assets, tmp_path):
+    """The ids that the reference programs give, from the same files."""
+    rows = [json.loads(x) for x in (assets / "goldens" / "tokenization.jsonl").read_text().splitlines()]
+    tested = 0
+    for family in ("minimind", "qwen2.5", "gpt2", "llama2"):
+        tok = tokenizer.load(assets / "tokenizers" / family)
+        for row in rows:
+            if row["tokenizer"] != family or "<" in row["text"]:  # special tokens as text: the references differ
+                continue
+            if family == "llama2" and row["text"].startswith(" "):  # transformers drops what sentencepiece keeps
+                continue
+            assert tok(row["text"], add_special_tokens=False).input_ids == row["ids"], row["text"]
+            tested += 1
+    assert tested > 80
+
+
+def test_a_document_is_closed_and_trained_on_throughout(words):
+    e = encode.encode(Document("the fox", "f:1"), words, None)
+    assert e.ids[0] == words.bos_token_id
+    assert e.ids[-1] == words.eos_token_id
+    assert e.mask.all()
+
+
+def test_a_template_that_rewrites_history_is_refused(words):
+    forgetful = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    with pytest.raises(UserError, match=r"f:1: the chat template rewrites turn 2.*train_on=last"):
+        encode.encode(CHAT, words, forgetful)
+    encode.encode(CHAT, words, forgetful, "last")
+
+
+def test_a_template_that_raises_is_reported(words):
+    with pytest.raises(UserError, match=r"f:1: the chat template refuses the conversation: no"):
+        encode.encode(CHAT, words, "{{ raise_exception('no') }}")
+
+
+def test_a_conversation_without_an_answer(words):
+    alone = Conversation((Message("user", "x"),), "messages", "f:3")
+    with pytest.raises(UserError, match="f:3: has no assistant turn"):
+        encode.encode(alone, words, TEMPLATES["plain"])
+
+
+def test_choosing_a_template(tmp_path):
+    assert choose("auto", "own", "alpaca") == ("own", "the tokenizer's own")
+    assert choose("auto", None, "alpaca")[1] == "alpaca"
+    assert choose("chatml", "own", "alpaca")[1] == "chatml"
+    (tmp_path / "t.jinja").write_text("x")
+    assert choose(str(tmp_path / "t.jinja"), None, "alpaca")[0] == "x"
+    with pytest.raises(UserError, match="did you mean 'chatml'"):
+        choose("chat_ml", None, "alpaca")
+
+
+def test_tokens_that_straddle_the_border_are_trained(words):
+    e = encode.encode(Conversation((Message("user", "the f"), Message("assistant", "ox")), "x", "f:1"), words, TEMPLATES["plain"])
+    covered = words.decode(np.array(e.ids)[e.mask].tolist())
+    assert covered.endswith("ox</s>")

@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from jaxtune.config import Source
+from jaxtune.data import formats
+from jaxtune.data.formats import Conversation, Document, Message
+from jaxtune.errors import UserError
+
+
+def read(path, **options):
+    return formats.read(Source(path=str(path), **options))
+
+
+def jsonl(tmp_path, *rows):
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "messages"),
+    [
+        ({"messages": [{"role": "system", "content": "S"}, *TURNS]}, "messages", ["S", "Hi", "Hello"]),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion", ["a", "b"]),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "alpaca", ["Add.\n\n1 2", "3"]),
+        ({"instruction": "Add.", "input": "", "output": "3"}, "alpaca", ["Add.", "3"]),
+        ({"instruction": "Add.", "output": "3", "system": "S"}, "alpaca", ["S", "Add.", "3"]),
+    ],
+)
+def test_formats_are_told_by_their_columns(tmp_path, row, kind, messages):
+    [e] = read(jsonl(tmp_path, row))
+    assert e.format == kind
+    assert [m.content for m in e.messages] == messages
+    assert e.origin.endswith("d.jsonl:1")
+
+
+def test_text_is_a_document(tmp_path):
+    assert read(jsonl(tmp_path, {"text": "Once"}))[0][0] == "Once"
+    assert isinstance(read(jsonl(tmp_path, {"text": "Once"}))[0], Document)
+
+
+def test_csv_with_named_columns(tmp_path):
+    file = tmp_path / "d.csv"
+    file.write_text('question,answer\n"What, now?","Yes\nno"\nWho?,Me\n')
+    got = read(file, columns={"prompt": "question", "completion": "answer"})
+    assert got[0].messages == (Message("user", "What, now?"), Message("assistant", "Yes\nno"))
+    assert len(got) == 2
+
+
+def test_columns_can_swap(tmp_path):
+    [e] = read(jsonl(tmp_path, {"prompt": "a", "completion": "b"}), columns={"prompt": "completion", "completion": "prompt"})
+    assert [m.content for m in e.messages] == ["b", "a"]
+
+
+def test_max_samples_and_blank_lines(tmp_path):
+    file = jsonl(tmp_path, *[{"text": str(i)} for i in range(5)])
+    file.write_text(file.read_text().replace("\n", "\n\n", 1))
+    got = read(file, max_samples=2)
+    assert [e.text for e in got] == ["0", "1"]
+    assert got[1].origin.endswith(":3")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", "", "holds no rows"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "y', "a.jsonl:2: a JSON object was expected"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: a JSON object was expected, got list"),
+        ("a.jsonl", '{"foo": "x"}\n', "columns 'foo' fit no format"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": "y"}\n', "a.jsonl:2: no column 'text', which format 'text' needs"),
+        ("a.jsonl", '{"text": 3}\n', "a.jsonl:1: column 'text' should be text, got int"),
+        ("a.jsonl", '{"messages": "x"}\n', "'messages' should be a list"),
+        ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', "messages[0].role is 'bot'; allowed"),
+        ("a.jsonl", '{"messages": [{"content": "x"}]}\n', "messages[0] should have 'role' and 'content'"),
+        ("a.csv", "text\n\"x\n", "not CSV"),
+        ("a.csv", "prompt,completion\nx\n", "2 columns were expected"),
+        ("a.parquet", "x", "files of type '.parquet' are not read"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as e:
+        read(tmp_path / name)
+    assert words in str(e.value)
+    assert str(tmp_path / name) in str(e.value)
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"no such file; did you mean 'train.jsonl'"):
+        read(tmp_path / "trian.jsonl")
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_system_must_come_first(tmp_path):
+    with pytest.raises(UserError, match="it can only come first"):
+        read(jsonl(tmp_path, {"messages": [TURNS[0], {"role": "system", "content": "x"}]}))
+
+
+def test_a_conversation_is_plain_data():
+    assert Conversation((Message("user", "x"),), "messages", "f:1").messages[0].role == "user"
