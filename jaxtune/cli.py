@@ -250,7 +250,7 @@ def recipes_show(name: str) -> None:
 
 
 @recipes.command("cp")
-def recipes_cp(name: str, target: Path = Path()) -> None:
+def recipes_cp(name: str, target: Annotated[Path, typer.Argument(help="A folder or a file.")] = Path()) -> None:
     """Copy a recipe, to make it one's own."""
     source = _recipe(name)
     target = target / source.name if target.is_dir() else target

@@ -223,6 +223,14 @@ class Config(_Strict):
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_unless_said(cls, tree: Any) -> Any:
+        """`tuning.rank=16` alone means LoRA, as leaving the section out does."""
+        if isinstance(tree, Mapping) and isinstance(t := tree.get("tuning"), Mapping) and "method" not in t:
+            return {**tree, "tuning": {"method": "lora", **t}}
+        return tree
+
     @model_validator(mode="after")
     def _accumulation_divides(self) -> "Config":
         if self.train.batch_size % self.train.accumulation:

@@ -1,6 +1,7 @@
 """Tokenizers of model folders, by transformers: the ids here are those that the exported model will get there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ def load(folder: Path) -> Any:
     Raises:
       UserError: there is no tokenizer, or it is damaged.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch, which is not needed
     import transformers
 
     if not any((folder / f).exists() for f in FILES):

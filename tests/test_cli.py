@@ -1,0 +1,170 @@
+"""The verbs, as a user types them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxtune
+from jaxtune import cli
+from tests.tiny import write_jsonl, write_tiny
+
+QUICK = ["train.steps=4", "train.batch_size=4", "data.max_length=32", "train.compute_dtype=float32", "train.remat=none"]
+
+
+def call(*args, code=0):
+    """Run a verb in this process and give its exit code's meaning."""
+    try:
+        cli.main([str(a) for a in args])
+    except SystemExit as e:
+        assert (e.code or 0) == code
+    else:
+        assert code == 0
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("m") / "tiny", template=True)
+
+
+@pytest.fixture(scope="module")
+def done(chatty, sums_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "r"
+    call("train", f"model={chatty}", f"data.train={sums_file}", "data.validation=6", f"output={out}", *QUICK)
+    return out
+
+
+def test_a_run_leaves_what_it_promises(done):
+    names = {p.name for p in done.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "events", "loss.png", "checkpoints", "export", "README.md"} <= names
+    assert (done / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert any(f.name.startswith("events.out.tfevents") for f in (done / "events").iterdir())
+    card = (done / "README.md").read_text()
+    assert "Validation loss" in card
+    assert "sums.jsonl" in card
+
+
+def test_train_says_what_it_will_do(chatty, sums_file, tmp_path, capsys):
+    call("train", f"model={chatty}", f"data.train={sums_file}", f"output={tmp_path}/r", *QUICK)
+    out = capsys.readouterr().out
+    assert re.search(r"⟦ \d+</s>⟧", out)
+    for name in ("model", "tuning", "data", "steps", "mesh", "memory"):
+        assert re.search(rf"^  {name} +\S", out, re.M), name
+    assert "per device" in out
+    assert re.search(r"^step 4/4  loss \d", out, re.M)
+
+
+def test_evaluate(done, sums_file, chatty, capsys):
+    call("evaluate", done, sums_file)
+    after = capsys.readouterr().out
+    scores = json.loads((done / "scores.json").read_text())
+    assert set(scores) == {"data", "loss", "perplexity", "accuracy"}
+    call("evaluate", chatty, sums_file)
+    before = capsys.readouterr().out
+    assert float(re.search(r"loss +([\d.]+)", after)[1]) < float(re.search(r"loss +([\d.]+)", before)[1])
+    call("evaluate", chatty, sums_file, "--adapter", done / "export")
+    assert re.search(r"loss +([\d.]+)", capsys.readouterr().out)[1] == re.search(r"loss +([\d.]+)", after)[1]
+
+
+def test_predict(done, sums_file, tmp_path):
+    call("predict", done, sums_file, "--out", tmp_path / "p.jsonl", "--max-new-tokens", 5, "--max-samples", 3, "--batch-size", 2)
+    rows = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[0]["prompt"] == "<s>Question: 0 + 0 =\nAnswer:"
+    assert rows[0]["reference"] == " 0"
+    assert set(rows[0]) == {"prompt", "prediction", "finish", "reference"}
+
+
+def test_chat(done, monkeypatch, capsys):
+    lines = iter(["1 + 1 =", "/reset", "2 + 2 =", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    call("chat", done, "--max-new-tokens", 4, "--temperature", 0)
+    assert capsys.readouterr().out.strip()
+
+
+def test_merge_and_convert(done, chatty, tmp_path, capsys):
+    call("merge", done, tmp_path / "merged")
+    call("convert", tmp_path / "merged", tmp_path / "half", "--dtype", "bfloat16")
+    assert (tmp_path / "half" / "tokenizer.json").exists()
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    whole, half = ((tmp_path / n / "model.safetensors").stat().st_size for n in ("merged", "half"))
+    assert 0.4 < half / whole < 0.6
+    capsys.readouterr()
+    call("merge", done, tmp_path / "merged", code=2)
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_validate_touches_nothing(chatty, sums_file, tmp_path, capsys):
+    call("validate", f"model={chatty}", f"data.train={sums_file}", f"output={tmp_path}/r", *QUICK)
+    out = capsys.readouterr().out
+    assert out.rstrip().endswith("valid")
+    assert "all tensors fit" in out
+    assert not (tmp_path / "r").exists()
+
+
+def test_schema_and_recipes(tmp_path, capsys):
+    call("config-schema")
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["properties"]["model"]["default"] == "demo"
+    call("recipes", "ls")
+    assert "quickstart" in capsys.readouterr().out
+    call("recipes", "show", "quickstart")
+    assert "model: demo" in capsys.readouterr().out
+    call("recipes", "cp", "quickstart", tmp_path / "mine.yaml")
+    assert (tmp_path / "mine.yaml").exists()
+    call("recipes", "cp", "quickstart", tmp_path / "mine.yaml", code=2)
+    call("recipes", "show", "quickstat", code=2)
+    assert "did you mean 'quickstart'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "neither a config nor a key=value"),
+        (["nowhere.yaml"], "nowhere.yaml: no such config"),
+        (["model=MODEL", "data.train=no.jsonl"], "no.jsonl: no such file"),
+        (["model=/no/such/folder", "data.train=DATA"], "model /no/such/folder: no such folder"),
+        (["model=MODEL", "data.train=DATA", "tuning.targets=zzz"], "pattern 'zzz' matches no weight"),
+        (["model=MODEL", "data.train=DATA", "optim.lr=3"], "did you mean 'learning_rate'?"),
+        (["model=MODEL", "data.train=DATA", "data.max_length=8"], "raise it"),
+        (["model=MODEL", "data.train=DATA", "mesh.fsdp=3"], "mesh: data 1 × fsdp 3 × tensor 1 is not the 1 devices"),
+        (["model=EMPTY", "data.train=DATA"], "has no config.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_with_2(chatty, sums_file, tmp_path, capsys, args, words):
+    (tmp_path / "empty").mkdir()
+    names = {"MODEL": chatty, "DATA": sums_file, "EMPTY": tmp_path / "empty"}
+    args = [re.sub("|".join(names), lambda m: str(names[m[0]]), a) for a in args]
+    call("train", *args, *([f"output={tmp_path}/r"] if args and "=" in args[0] else []), code=2)
+    err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning")]
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert words in err[0]
+    assert not (tmp_path / "r" / "config.yaml").exists()
+
+
+def test_debug_shows_the_trace():
+    with pytest.raises(jaxtune.UserError):
+        cli.main(["train", "nowhere.yaml", "--debug"])
+
+
+def test_the_command_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtune", "train", "x.yaml"], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: x.yaml: no such config; `jaxtune recipes ls` lists those that come along\n"
+
+
+def test_python_is_the_same_path(chatty, sums_file, tmp_path):
+    run = jaxtune.train(
+        model=chatty, data=sums_file, output=tmp_path / "r", tuning={"rank": 2},
+        overrides={k: json.loads(v) if v[0] in "0123456789" else v for k, v in (x.split("=") for x in QUICK)},
+    )  # fmt: skip
+    assert run.metrics[-1]["step"] == 4
+    assert isinstance(run.generate("1 + 1 =", max_new_tokens=4), str)
+    assert run.config.tuning.rank == 2
+    assert isinstance(jaxtune.load(run.folder).answer("2 + 2 =", max_new_tokens=4), str)
