@@ -29,6 +29,7 @@ REMAT_POLICIES: Mapping[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 _GROUP = re.compile(r"^layers_(\d+)-(\d+)/")
+_UNROLL = 8  # layers that a loop on CPU takes at once: XLA there copies what a loop carries
 _NEVER = -1e30  # a masked score; finite, so that a row without any key gives no NaN
 
 
@@ -298,6 +299,7 @@ def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any)
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=count,
+            unroll=min(count, _UNROLL) if jax.default_backend() == "cpu" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         name = group_name(first, count)

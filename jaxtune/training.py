@@ -140,8 +140,8 @@ def loop(
         settle()
         pending = n, report, batch
         stopping = hooks.stop()
-        if n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
-            settle()  # nothing is saved before its loss is known to be finite
+        if n == start + 1 or n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
+            settle()  # the first step is told at once, and nothing is saved before its loss is known to be finite
         if (n % every.evaluate == 0 or n == total) and not stopping:
             hooks.evaluate(n, state)
         if n % every.save == 0 or n == total or stopping:

@@ -10,7 +10,7 @@ import pytest
 
 import jaxtune
 from jaxtune import cli
-from tests.tiny import write_jsonl, write_tiny
+from tests.tiny import write_tiny
 
 QUICK = ["train.steps=4", "train.batch_size=4", "data.max_length=32", "train.compute_dtype=float32", "train.remat=none"]
 
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(done):
 def test_train_says_what_it_will_do(chatty, sums_file, tmp_path, capsys):
     call("train", f"model={chatty}", f"data.train={sums_file}", f"output={tmp_path}/r", *QUICK)
     out = capsys.readouterr().out
-    assert re.search(r"⟦ \d+</s>⟧", out)
+    assert re.search(r"⟦ +\d+</s>⟧", out)
     for name in ("model", "tuning", "data", "steps", "mesh", "memory"):
         assert re.search(rf"^  {name} +\S", out, re.M), name
     assert "per device" in out
@@ -70,7 +70,19 @@ def test_evaluate(done, sums_file, chatty, capsys):
 
 
 def test_predict(done, sums_file, tmp_path):
-    call("predict", done, sums_file, "--out", tmp_path / "p.jsonl", "--max-new-tokens", 5, "--max-samples", 3, "--batch-size", 2)
+    call(
+        "predict",
+        done,
+        sums_file,
+        "--out",
+        tmp_path / "p.jsonl",
+        "--max-new-tokens",
+        5,
+        "--max-samples",
+        3,
+        "--batch-size",
+        2,
+    )
     rows = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 3
     assert rows[0]["prompt"] == "<s>Question: 0 + 0 =\nAnswer:"
@@ -153,7 +165,11 @@ def test_debug_shows_the_trace():
 
 def test_the_command_itself():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxtune", "train", "x.yaml"], capture_output=True, text=True, check=False, env=os.environ
+        [sys.executable, "-m", "jaxtune", "train", "x.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
     )
     assert done.returncode == 2
     assert done.stderr == "error: x.yaml: no such config; `jaxtune recipes ls` lists those that come along\n"

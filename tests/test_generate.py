@@ -24,7 +24,9 @@ def full_forward(generator, prompt, n):
     """Greedy tokens by a whole forward pass for each, without a cache."""
     ids = generator.tokenizer(prompt, add_special_tokens=False).input_ids
     start = len(ids)
-    apply = jax.jit(lambda x, p: generator.model.apply({"params": generator.weights}, x, jnp.ones_like(x), p)[0].logits())
+    apply = jax.jit(
+        lambda x, p: generator.model.apply({"params": generator.weights}, x, jnp.ones_like(x), p)[0].logits()
+    )
     for _ in range(n):
         padded = jnp.array([ids + [0] * (64 - len(ids))])
         ids.append(int(apply(padded, jnp.arange(64)[None])[0, len(ids) - 1].argmax()))

@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ DTYPES = {
 _NAMES = {v: k for k, v in DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+_READERS = 4  # weights that are read at the same time; each holds one host copy of a device's part
 
 
 class Tensor(NamedTuple):
@@ -167,7 +169,7 @@ def match(tensors: Mapping[str, Tensor], weights: Any, tied: bool, place: str) -
 def load(found: Mapping[str, list[Tensor]], weights: Any, shardings: Any) -> Any:
     """Read weights into sharded arrays of the dtypes of `weights`; each device's part is read by itself.
 
-    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form.
+    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form. A few are read at a time.
     """
 
     def one(path: tuple, w: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -185,7 +187,10 @@ def load(found: Mapping[str, list[Tensor]], weights: Any, shardings: Any) -> Any
 
         return w.like(jax.make_array_from_callback(w.value.shape, sharding, read))
 
-    return jax.tree_util.tree_map_with_path(one, weights, shardings, is_leaf=is_weight)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
+    paths, boxes = zip(*leaves, strict=True)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return jax.tree.unflatten(tree, pool.map(one, paths, boxes, jax.tree.leaves(shardings)))
 
 
 # --- out of arrays --------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ The gradient of a chunk is taken while its logits are there (as Liger's fused li
 Dimensions: B batch, T time, D embed, V vocab, C chunks, c time within a chunk.
 """
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,23 +54,29 @@ def _split(x_BT: Array, chunks: int) -> Array:
     return jnp.moveaxis(padded.reshape(B, chunks, c, *x_BT.shape[2:]), 1, 0)
 
 
-def _chunk(eqn: str, hidden_BcD: Array, head: Any, target_Bc: Array, weight_Bc: Array) -> tuple[Array, Array]:
-    logits_BcV = einsum(eqn, hidden_BcD, head).astype(jnp.float32)
+class _Statistics(NamedTuple):
+    """Of one chunk's logits, all `[B, c]`."""
+
+    loss_Bc: Array  # -log p(target)
+    hit_Bc: Array  # whether the target has the highest logit
+    lse_Bc: Array
+
+
+def _statistics(logits_BcV: Array, target_Bc: Array) -> _Statistics:
+    top_Bc = logits_BcV.max(-1)
+    lse_Bc = top_Bc + jnp.log(jnp.exp(logits_BcV - top_Bc[..., None]).sum(-1))
     right_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
-    loss = jnp.sum(weight_Bc * (jax.nn.logsumexp(logits_BcV, -1) - right_Bc))
-    hits = jnp.sum(weight_Bc * (right_Bc >= logits_BcV.max(-1)))
-    return loss, jax.lax.stop_gradient(hits)
+    return _Statistics(lse_Bc - right_Bc, right_Bc >= top_Bc, lse_Bc)
 
 
-def _scan_sums(eqn: str, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc: Array) -> tuple[Array, Array]:
-    def body(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
-        loss, hits = _chunk(eqn, chunk[0], head, *chunk[1:])
-        return (sums[0] + loss, sums[1] + hits), None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(eqn: str, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc: Array) -> tuple[Array, Array]:
+    def body(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], None]:
+        hidden_BcD, target_Bc, weight_Bc = chunk
+        s = _statistics(einsum(eqn, hidden_BcD, head).astype(jnp.float32), target_Bc)
+        return (sums[0] + (weight_Bc * s.loss_Bc).sum(), sums[1] + (weight_Bc * s.hit_Bc).sum()), None
 
     return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (hidden_CBcD, target_CBc, weight_CBc))[0]
-
-
-_sums = jax.custom_vjp(_scan_sums, nondiff_argnums=(0,))
 
 
 def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc: Any) -> tuple[Any, Any]:
@@ -77,39 +84,37 @@ def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc:
     leaves, tree = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
     trained = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.floating) for x in leaves]
     values = [x.value for x in leaves]
-    wanted = hidden_CBcD.perturbed, target_CBc.value, weight_CBc.value
+    some = [v for t, v in zip(trained, values, strict=True) if t]
 
-    def body(carry: tuple, chunk: tuple) -> tuple[tuple, Any]:
+    def logits_of(hidden_BcD: Array, some: list[Array]) -> Array:
+        left = iter(some)
+        mixed = [next(left) if t else v for t, v in zip(trained, values, strict=True)]
+        return einsum(eqn, hidden_BcD, jax.tree.unflatten(tree, mixed)).astype(jnp.float32)
+
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
         hidden_BcD, target_Bc, weight_Bc = chunk
-
-        def loss_of(hidden_BcD: Array, some: list) -> tuple[Array, Array]:
-            left = iter(some)
-            mixed = [next(left) if t else v for t, v in zip(trained, values, strict=True)]
-            whole = jax.tree.unflatten(tree, mixed)
-            return _chunk(eqn, hidden_BcD, whole, target_Bc, weight_Bc)
-
-        some = [v for t, v in zip(trained, values, strict=True) if t]
-        loss, pullback, hits = jax.vjp(loss_of, hidden_BcD, some, has_aux=True)
-        d_hidden_BcD, d_some = pullback(jnp.float32(1))
-        sums, grads = carry
+        logits_BcV, pullback = jax.vjp(logits_of, hidden_BcD, some)
+        s = _statistics(logits_BcV, target_Bc)
+        p_BcV = jnp.exp(logits_BcV - s.lse_Bc[..., None])
+        is_target_BcV = jnp.arange(logits_BcV.shape[-1]) == target_Bc[..., None]
+        d_hidden_BcD, d_some = pullback(weight_Bc[..., None] * (p_BcV - is_target_BcV))
+        (loss, hits), grads = carry
         grads = [g + d.astype(jnp.float32) for g, d in zip(grads, d_some, strict=True)]
-        return ((sums[0] + loss, sums[1] + hits), grads), d_hidden_BcD
+        return ((loss + (weight_Bc * s.loss_Bc).sum(), hits + (weight_Bc * s.hit_Bc).sum()), grads), d_hidden_BcD
 
-    zeros = [jnp.zeros(v.shape, jnp.float32) for t, v in zip(trained, values, strict=True) if t]
-    start = (jnp.float32(0), jnp.float32(0)), zeros
-    (sums, grads), d_hidden_CBcD = jax.lax.scan(body, start, (hidden_CBcD.value, *wanted[1:]))
+    start = (jnp.float32(0), jnp.float32(0)), [jnp.zeros(v.shape, jnp.float32) for v in some]
+    (sums, grads), d_hidden_CBcD = jax.lax.scan(body, start, (hidden_CBcD.value, target_CBc.value, weight_CBc.value))
     left = iter(grads)
     d_head = [next(left).astype(v.dtype) if t else None for t, v in zip(trained, values, strict=True)]
-    return sums, (d_hidden_CBcD, d_head, jax.tree.unflatten(tree, [jnp.zeros((), v.dtype) for v in values]))
+    return sums, (d_hidden_CBcD, jax.tree.unflatten(tree, d_head))
 
 
-def _backward(eqn: str, saved: tuple, cotangents: tuple) -> tuple[Any, Any, None, None]:
-    d_hidden_CBcD, d_head, like = saved
-    scale = cotangents[0]
-    scale = jnp.float32(0) if isinstance(scale, jax.custom_derivatives.SymbolicZero) else scale
-    tree = jax.tree.structure(like)
-    d_head = jax.tree.unflatten(tree, [None if d is None else (scale * d).astype(d.dtype) for d in d_head])
-    return (scale * d_hidden_CBcD).astype(d_hidden_CBcD.dtype), d_head, None, None
+def _backward(eqn: str, saved: tuple[Array, Any], cotangents: tuple) -> tuple[Array, Any, None, None]:
+    scale = cotangents[0]  # of the loss; the hits have none
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        scale = jnp.float32(0)
+    d_hidden_CBcD, d_head = jax.tree.map(lambda d: (scale * d).astype(d.dtype), saved)
+    return d_hidden_CBcD, d_head, None, None
 
 
 _sums.defvjp(_forward, _backward, symbolic_zeros=True)

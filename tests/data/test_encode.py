@@ -125,6 +125,8 @@ def test_choosing_a_template(tmp_path):
 
 
 def test_tokens_that_straddle_the_border_are_trained(words):
-    e = encode.encode(Conversation((Message("user", "the f"), Message("assistant", "ox")), "x", "f:1"), words, TEMPLATES["plain"])
+    e = encode.encode(
+        Conversation((Message("user", "the f"), Message("assistant", "ox")), "x", "f:1"), words, TEMPLATES["plain"]
+    )
     covered = words.decode(np.array(e.ids)[e.mask].tolist())
     assert covered.endswith("ox</s>")

@@ -52,7 +52,9 @@ def test_csv_with_named_columns(tmp_path):
 
 
 def test_columns_can_swap(tmp_path):
-    [e] = read(jsonl(tmp_path, {"prompt": "a", "completion": "b"}), columns={"prompt": "completion", "completion": "prompt"})
+    [e] = read(
+        jsonl(tmp_path, {"prompt": "a", "completion": "b"}), columns={"prompt": "completion", "completion": "prompt"}
+    )
     assert [m.content for m in e.messages] == ["b", "a"]
 
 
@@ -76,7 +78,7 @@ def test_max_samples_and_blank_lines(tmp_path):
         ("a.jsonl", '{"messages": "x"}\n', "'messages' should be a list"),
         ("a.jsonl", '{"messages": [{"role": "bot", "content": "x"}]}\n', "messages[0].role is 'bot'; allowed"),
         ("a.jsonl", '{"messages": [{"content": "x"}]}\n', "messages[0] should have 'role' and 'content'"),
-        ("a.csv", "text\n\"x\n", "not CSV"),
+        ("a.csv", 'text\n"x\n', "not CSV"),
         ("a.csv", "prompt,completion\nx\n", "2 columns were expected"),
         ("a.parquet", "x", "files of type '.parquet' are not read"),
     ],

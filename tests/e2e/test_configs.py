@@ -16,7 +16,10 @@ def test_recipes_train_at_toy_size(name, tmp_path):
     assert any("Result:" in line for line in head)
     assert any("Hardware:" in line for line in head)
     pretrain = config.load(file).objective == "pretrain"
-    rows = [{"text": f"the fox eats {i} berries"} if pretrain else {"prompt": f"{i}", "completion": f" {i}"} for i in range(60)]
+    rows = [
+        {"text": f"the fox eats {i} berries"} if pretrain else {"prompt": f"{i}", "completion": f" {i}"}
+        for i in range(60)
+    ]
     small = {
         "model": write_tiny(tmp_path / "m", layers=5, tied=False),
         "data.train": write_jsonl(tmp_path / "d.jsonl", rows),
@@ -29,7 +32,9 @@ def test_recipes_train_at_toy_size(name, tmp_path):
 
 
 def test_the_demo_learns_what_its_head_comment_says(tmp_path):
-    c = config.load(cli.recipe_folder() / "quickstart.yaml", config.nested({"output": tmp_path / "r", "train.steps": 60}))
+    c = config.load(
+        cli.recipe_folder() / "quickstart.yaml", config.nested({"output": tmp_path / "r", "train.steps": 60})
+    )
     r = tuned.Run(run.train(c))
     held = [m for m in r.metrics if "eval_loss" in m]
     assert held[0]["eval_accuracy"] < 0.7

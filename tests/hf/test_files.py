@@ -95,7 +95,9 @@ def test_folders_without_safetensors(tmp_path, name, words):
 
 
 def draw(folder, **kw):
-    return blueprint.draw(folder, lambda _: Method(leave, [("", "train")]), sharding.make_mesh(Mesh(), jax.devices()[:1]), "float32")
+    return blueprint.draw(
+        folder, lambda _: Method(leave, [("", "train")]), sharding.make_mesh(Mesh(), jax.devices()[:1]), "float32"
+    )
 
 
 def change(folder, tmp_path, f):

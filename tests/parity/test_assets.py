@@ -50,13 +50,13 @@ def test_loss_on_stories(case, assets):
     """The reference: the first 100 stories, their first 512 tokens, a mean over all tokens."""
     model, reference = case
     key = next(k for k in reference if "validation_loss" in k)
-    data = Data(
-        train=[{"path": str(assets / "data/tinystories/validation.jsonl"), "max_samples": 100}], max_length=512
-    )
+    data = Data(train=[{"path": str(assets / "data/tinystories/validation.jsonl"), "max_samples": 100}], max_length=512)
     prepared = pipeline.prepare(data, model.tokenizer, 0, "pretrain")
     first = [i for i, o in enumerate(prepared.train.origins) if i == 0 or prepared.train.origins[i - 1] != o]
     cut = [prepared.train.examples[i] for i in first]
-    bare = [e._replace(ids=e.ids[:-1], mask=e.mask[:-1]) if e.ids[-1] == model.tokenizer.eos_token_id else e for e in cut]
+    bare = [
+        e._replace(ids=e.ids[:-1], mask=e.mask[:-1]) if e.ids[-1] == model.tokenizer.eos_token_id else e for e in cut
+    ]
     rows = dataclasses.replace(prepared.train, examples=bare, rows=[[i] for i in range(len(bare))])
     assert len(bare) == 100
     assert model.scores(rows, 10, "pretrain")["loss"] == pytest.approx(reference[key], abs=1e-4)

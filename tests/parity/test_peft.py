@@ -103,9 +103,7 @@ IDS = np.random.default_rng(0).integers(3, 512, (2, 40))
 
 def our_logits(model, ids=IDS):
     at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    return np.asarray(
-        model.blueprint.model.apply({"params": model.weights}, ids, np.ones_like(ids), at)[0].logits()
-    )
+    return np.asarray(model.blueprint.model.apply({"params": model.weights}, ids, np.ones_like(ids), at)[0].logits())
 
 
 def torch_logits(model, ids=IDS):
@@ -136,12 +134,12 @@ def test_the_export_is_a_whole_adapter_folder(lora_run, stories):
     files = {f.name for f in (lora_run / "export").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= files
     c = json.loads((lora_run / "export/adapter_config.json").read_text())
-    assert c["target_modules"] == sorted(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
+    assert c["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     assert c["base_model_name_or_path"] == str(stories)
     tok = transformers.AutoTokenizer.from_pretrained(lora_run / "export")
-    assert "### Response:" in tok.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    assert "### Response:" in tok.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_an_adapter_made_by_peft_is_read(tmp_path):
@@ -182,7 +180,11 @@ def test_optimisers_step_as_torchs(name):
     tx, ours = optim.make(o, 6), {"w": jax.numpy.asarray(w)}
     state = tx.init(ours)
     p = torch.nn.Parameter(torch.tensor(w))
-    opt = torch.optim.AdamW([p], lr=0.1, weight_decay=0.02) if name == "adamw" else torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    opt = (
+        torch.optim.AdamW([p], lr=0.1, weight_decay=0.02)
+        if name == "adamw"
+        else torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    )
     if name == "sgd":
         tx = optim.make(o.model_copy(update={"weight_decay": 0.0}), 6)
         state = tx.init(ours)

@@ -91,7 +91,9 @@ def test_greedy_generation_with_padding(tmp_path):
     model = write(tmp_path / "m", ROPES["llama3"])
     ours = open_model(str(tmp_path / "m"))
     prompts = ["the fox", "1 + 2 = 3 and the fox eats berries"]
-    got = ours.generator.generate(prompts, type("S", (), {})() if False else __import__("jaxtune.generate").generate.Sampling(12))
+    got = ours.generator.generate(
+        prompts, type("S", (), {})() if False else __import__("jaxtune.generate").generate.Sampling(12)
+    )
     for p, g in zip(prompts, got, strict=True):
         ids = torch.tensor([ours.tokenizer(p, add_special_tokens=False).input_ids])
         out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)

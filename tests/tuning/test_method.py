@@ -35,7 +35,10 @@ def nudged(weights, labels):
     keys = jax.random.split(jax.random.key(9), len(leaves))
     on = jax.tree.leaves(labels)
     return tree.unflatten(
-        [x + 0.1 * jax.random.normal(k, x.shape) if o != m.FROZEN else x for x, k, o in zip(leaves, keys, on, strict=True)]
+        [
+            x + 0.1 * jax.random.normal(k, x.shape) if o != m.FROZEN else x
+            for x, k, o in zip(leaves, keys, on, strict=True)
+        ]
     )
 
 
@@ -59,11 +62,13 @@ def test_split_and_join_are_each_others_inverse(deep, t):
     b, w = make(deep, t)
     trainable, frozen = m.split(w, b.labels)
     assert m.count(trainable) + m.count(frozen) == m.count(w)
-    assert 0 < m.count(trainable)
+    assert m.count(trainable) > 0
     jax.tree.map(np.testing.assert_array_equal, m.join(trainable, frozen), w)
 
 
-@pytest.mark.parametrize("t", [Lora(), Lora(targets="q_proj|lm_head", rslora=True), Lora(targets=["layers/1/"], rank=2)])
+@pytest.mark.parametrize(
+    "t", [Lora(), Lora(targets="q_proj|lm_head", rslora=True), Lora(targets=["layers/1/"], rank=2)]
+)
 def test_adapters_change_nothing_at_first_and_merge_exactly(deep, t):
     base, plain = make(deep, Full(method="full"))
     b, w = make(deep, t)
@@ -117,7 +122,10 @@ def test_freezing_the_lower_layers_shortens_the_backward_pass(tmp_path):
 @pytest.mark.parametrize(
     ("t", "words"),
     [
-        (Freeze(method="freeze", train=["q_prog"]), "tuning.train: pattern 'q_prog' matches no weight; there are embed"),
+        (
+            Freeze(method="freeze", train=["q_prog"]),
+            "tuning.train: pattern 'q_prog' matches no weight; there are embed",
+        ),
         (Freeze(method="freeze", train=["("]), "is not a regular expression"),
         (Freeze(method="freeze", last=6), "tuning.last=6: the model has 5 layers"),
         (Lora(targets=["q_proj", "nope"]), "tuning.targets: pattern 'nope' matches no weight"),
@@ -131,5 +139,7 @@ def test_patterns_that_match_nothing_are_named(deep, t, words):
 
 
 def test_rules_cover_every_weight():
-    with pytest.raises(UserError, match=r"no rule covers parameter 'norm/weight'; add one, e.g. \(\"norm/weight\", \"freeze\"\)"):
+    with pytest.raises(
+        UserError, match=r"no rule covers parameter 'norm/weight'; add one, e.g. \(\"norm/weight\", \"freeze\"\)"
+    ):
         m.label(m.Method(m.leave, [("embed", "train")]), {"norm": {"weight": 1}})

@@ -1,0 +1,120 @@
+"""Tokens a second, first-step time and peak memory of one training step, beside a plain JAX step and transformers+peft.
+
+    python -m tools.bench.step                      # LoRA r=8 on all linears, then full, then the last two layers
+    python -m tools.bench.step --methods lora --rounds 9
+
+A 25M-parameter LLaMA (vocabulary 32000, width 512, 6 layers, 8 heads, 4 kv heads, MLP 1376), 4 rows of 512 tokens,
+float32, AdamW. Each contender lives in a process of its own; they take turns, so a noisy machine is noisy to all, and
+the medians are compared.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tools.bench import flops
+from tools.bench.contenders import BATCH, CONTENDERS, LENGTH, write_inputs
+
+
+def worker(name: str, folder: Path, method: str) -> None:
+    """Take steps whenever asked on standard input; answer with seconds."""
+    one = CONTENDERS[name](folder, method)
+    one(), one()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            one()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{(time.perf_counter() - began) / int(line)} {peak}", flush=True)
+
+
+def race(folder: Path, method: str, names: list[str], rounds: int, steps: int) -> dict[str, tuple[float, float]]:
+    """Median seconds a step, and peak MiB, of each contender, taking turns."""
+    children = {}
+    for name in names:
+        command = [sys.executable, "-m", "tools.bench.step", "--worker", name, method, str(folder)]
+        children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    times: dict[str, list[float]] = {n: [] for n in names}
+    peaks = dict.fromkeys(names, 0.0)
+    for name, child in children.items():
+        while (line := child.stdout.readline()) and line.strip() != "ready":
+            pass
+        if not line:
+            raise SystemExit(f"{name} ended before it was ready")
+    for _ in range(rounds):
+        for name, child in children.items():
+            time.sleep(0.3)  # let the others' thread pools go to sleep
+            child.stdin.write(f"{steps}\n")
+            child.stdin.flush()
+            seconds, peaks[name] = (float(x) for x in child.stdout.readline().split())
+            times[name].append(seconds)
+    for child in children.values():
+        child.stdin.close()
+        child.wait()
+    return {n: (statistics.median(times[n]), peaks[n]) for n in names}
+
+
+def first_step(folder: Path, method: str, cache: Path) -> float:
+    """Seconds from the start of `jaxtune train` to the end of its first step."""
+    out = folder / f"first-{time.time_ns()}"
+    keys = {
+        "model": folder / "model", "data.train": folder / "texts.jsonl", "data.max_length": LENGTH, "output": out,
+        "objective": "pretrain", "tuning.method": method, "train.batch_size": BATCH, "train.steps": 2,
+        "train.compute_dtype": "float32", "train.remat": "none",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "jaxtune", "train", *(f"{k}={v}" for k, v in keys.items())]
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env, text=True) as child:
+        for line in child.stdout or ():
+            if line.startswith("step 1/"):
+                seconds = time.perf_counter() - began
+                child.kill()
+                return seconds
+    raise SystemExit("no first step was seen")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", default=["lora", "full", "freeze"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--skip-first-step", action="store_true")
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker[0], Path(args.worker[2]), args.worker[1])
+    names = [n for n in CONTENDERS if n != "transformers+peft" or importlib.util.find_spec("peft")]
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "torch", "transformers", "peft") if
+                importlib.util.find_spec(p)]  # fmt: skip
+    print(f"Python {platform.python_version()}, {', '.join(versions)}; {os.cpu_count()} cores; {args.rounds} rounds")
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        write_inputs(folder)
+        for method in args.methods:
+            results = race(folder, method, names, args.rounds, args.steps)
+            unit = results[names[-1]][0]
+            print(f"\n{method}: {BATCH} × {LENGTH} tokens")
+            for n, (seconds, peak) in results.items():
+                rate = BATCH * LENGTH / seconds
+                print(f"  {n:18} {rate:8.0f} tokens/s  {unit / seconds:5.2f} of {names[-1]}  peak {peak:6.0f} MiB")
+            flops.report(folder, method)
+            if not args.skip_first_step and method != "freeze":
+                cache = folder / f"cache-{method}"
+                cold = first_step(folder, method, cache)
+                warm = statistics.median(first_step(folder, method, cache) for _ in range(3))
+                print(f"  start to first step: {cold:.1f} s cold, {warm:.1f} s with a warm compile cache")
+
+
+if __name__ == "__main__":
+    main()
