@@ -4,12 +4,15 @@ A step is either whole or not there (Orbax writes beside it and renames); saving
 weights are not saved: they are read from the model folder again.
 """
 
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxtune import log
 from jaxtune.config import Config
 from jaxtune.errors import UserError
 from jaxtune.weights import path_name
@@ -36,6 +39,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 3) -> None:
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it says of a failed save is said here, in a line
         self._ocp = ocp
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -50,6 +54,9 @@ class Checkpoints:
         """Save in the background: trees of arrays by name, where the batches stand, and the config and digests."""
         args = self._ocp.args
         trees = {name: flat(tree) for name, tree in state.items()}
+        need = sum(x.nbytes for x in jax.tree.leaves(trees))
+        if need > (free := shutil.disk_usage(self.folder).free):  # before a half is written
+            raise self._unwritable(f"it needs {log.size(need)}, {log.size(free)} are free")
         try:
             self._manager.save(
                 step,
@@ -57,7 +64,7 @@ class Checkpoints:
                     state=args.StandardSave(trees), data=args.JsonSave(dict(data)), about=args.JsonSave(dict(about))
                 ),
             )
-        except OSError as e:
+        except (OSError, ValueError) as e:  # also of the save before, which went on behind
             raise self._unwritable(e) from e
 
     def wait(self) -> None:
@@ -72,7 +79,7 @@ class Checkpoints:
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
             raise self._unwritable(e) from e
 
-    def _unwritable(self, e: Exception) -> UserError:
+    def _unwritable(self, e: Exception | str) -> UserError:
         reason = " ".join(str(e).split())[:160]
         return UserError(f"{self.folder}: cannot save a checkpoint ({reason}); earlier ones are kept; make room")
 

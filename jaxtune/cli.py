@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 something that the user can put right (one line says what)
 
 import errno
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -293,8 +292,3 @@ def main(arguments: list[str] | None = None) -> Any:
 def _fail(message: str, code: int = 2) -> None:
     print(f"{'error' if code == 2 else 'stopped'}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    main()

@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxtune.weights import Array, einsum, take
+from jaxtune.weights import Array, einsum, precision, take
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which a batch is split
 REMAT_POLICIES: Mapping[str, Any] = {
@@ -248,7 +248,8 @@ def attend(
 def _batched(x: Array, y: Array, contract: int) -> Array:
     """Matrix products over the leading axis, contracting the last axis of `x` with axis `contract` of `y`."""
     dims = (((2,), (contract,)), ((0,), (0,)))
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32 if contract == 2 else None)
+    wide = jnp.float32 if contract == 2 else None
+    return jax.lax.dot_general(x, y, dims, precision=precision(x.dtype), preferred_element_type=wide)
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------

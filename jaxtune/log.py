@@ -78,7 +78,8 @@ class RunLog:
         _write_lines(self.file, self.history)
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._events: Any = None
-        self._began, self._done = time.perf_counter(), 0
+        self._began, self._done, self._open = time.perf_counter(), 0, False
+        self._idle_until = self._began
         self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
 
     def step(self, n: int, values: Mapping[str, float], tokens: int, write: bool) -> None:
@@ -87,7 +88,7 @@ class RunLog:
         self._done += 1
         self._ticks.append((now, tokens))
         eta = (now - self._began) / self._done * (self.total - n)
-        began = self._ticks[0][0] if len(self._ticks) > 1 else self._began
+        began = self._ticks[0][0] if len(self._ticks) > 1 else self._idle_until
         rate = sum(t for _, t in list(self._ticks)[len(self._ticks) > 1 :]) / max(now - began, 1e-9)
         if write:
             self.write(n, {**values, "tokens_per_second": rate})
@@ -100,6 +101,7 @@ class RunLog:
             return say(line)
         sys.stdout.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
         sys.stdout.flush()
+        self._open = not final
 
     def evaluation(self, n: int, values: Mapping[str, float]) -> None:
         """Scores on the validation set after step `n`."""
@@ -108,8 +110,9 @@ class RunLog:
         self.write(n, {f"eval_{k}": v for k, v in values.items()})
         self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in values.items()))
         self._ticks.clear()  # the time of an evaluation is not that of steps
+        self._idle_until = time.perf_counter()
         if not self._done:
-            self._began = time.perf_counter()
+            self._began = self._idle_until
 
     def line(self, text: str) -> None:
         """A line of its own, not in the live one."""
@@ -137,6 +140,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush everything and draw loss.png."""
+        if self._open:
+            say()
         if self._events is not None:
             self._events.close()
         plot(self.history, self.folder / "loss.png")

@@ -257,8 +257,10 @@ def train(c: Config) -> Path:
             state = State(trainable, frozen, optimiser, zero, key)
         del trainable, frozen
         introduce(job, compiled)
-        state = _loop(job, state, compiled, batches, checkpoints, start, about)
-        checkpoints.close()
+        try:
+            state = _loop(job, state, compiled, batches, checkpoints, start, about)
+        finally:
+            checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
         export(job, state)
     return out
 
@@ -304,7 +306,7 @@ def _loop(
             lambda b: job.data.train.where(b.rows.tolist()),
         )
         if told.is_set() and n < job.steps:
-            checkpoints.close()
+            checkpoints.wait()
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         runlog.summary()
     return state

@@ -75,7 +75,12 @@ def apply(w: Any, eqn: str, x: Array) -> Array:
     in_order = e.x == e.batch + e.into and e.out == e.batch + e.outof and e.w in (e.into + e.outof, e.outof + e.into)
     if in_order and jax.default_backend() == "cpu":
         return _flat_matmul(w, e, x)
-    return jnp.einsum(eqn, x, w)
+    return jnp.einsum(eqn, x, w, precision=precision(x.dtype))
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """float32 is computed as float32, not in the fewer bits that TPUs and GPUs take by default."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _flat_matmul(w: Array, e: Equation, x: Array) -> Array:
@@ -84,7 +89,8 @@ def _flat_matmul(w: Array, e: Equation, x: Array) -> Array:
     x_XI = x.reshape(-1, prod(x.shape[n_batch:]))
     w_2d = w.reshape(prod(w.shape[:n_w]), -1)
     into_axis = 0 if e.w.startswith(e.into) else 1
-    y_XO = jax.lax.dot_general(x_XI, w_2d, (((1,), (into_axis,)), ((), ())))
+    dims = (((1,), (into_axis,)), ((), ()))
+    y_XO = jax.lax.dot_general(x_XI, w_2d, dims, precision=precision(x.dtype))
     sizes = dict(zip(e.w, w.shape, strict=True))
     return y_XO.reshape(*x.shape[:n_batch], *(sizes[c] for c in e.outof))
 

@@ -95,3 +95,15 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(c._manager, "save", full)
     with pytest.raises(UserError, match="cannot save a checkpoint .*earlier ones are kept; make room"):
         c.save(1, state(1), {}, ABOUT)
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1), {}, ABOUT)
+    c.wait()
+    monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 100}))
+    with pytest.raises(UserError, match=r"it needs \d+ B, 100 B are free\); earlier ones are kept; make room"):
+        c.save(2, state(2), {}, ABOUT)
+    assert c.newest == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
+    c.close()

@@ -144,6 +144,7 @@ def test_schema_and_recipes(tmp_path, capsys):
         (["model=MODEL", "data.train=DATA", "data.max_length=8"], "raise it"),
         (["model=MODEL", "data.train=DATA", "mesh.fsdp=3"], "mesh: data 1 × fsdp 3 × tensor 1 is not the 1 devices"),
         (["model=EMPTY", "data.train=DATA"], "has no config.json"),
+        (["model=some-org/some-model", "data.train=DATA"], "neither a folder here nor to be had from the hub"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_with_2(chatty, sums_file, tmp_path, capsys, args, words):

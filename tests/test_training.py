@@ -161,3 +161,18 @@ def test_told_to_stop_it_saves_and_leaves(full):
     events = run_loop(full, [1.0] * 5, stop=lambda: next(left))
     assert events[-1] == ("save", 2)
     assert ("log", 2) in events
+
+
+def test_bfloat16_computes_nearly_the_same(tiny):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        s = setup(tiny, Lora(rank=4), dtype)
+        tx = optax.adam(1e-2)
+        step = jax.jit(make_step(s.apply, sft.objective, tx))
+        state = s.state(tx)
+        batch = {k: v[None] for k, v in columns([[e] for e in examples([20, 20])]).items()}
+        for _ in range(10):
+            state, report = step(state, batch)
+        losses[dtype] = float(report["loss"])
+        assert {x.dtype.name for x in jax.tree.leaves(state.trainable)} == {"float32"}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxtune.weights import LoRA, densify, einsum, map_nodes, take, with_dropout
 
-SIZES = dict(b=2, t=3, d=4, n=2, h=3, f=5, v=7)
+SIZES = {"b": 2, "t": 3, "d": 4, "n": 2, "h": 3, "f": 5, "v": 7}
 EQUATIONS = ["btd,df->btf", "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv", "btd,dv->btv"]
 
 

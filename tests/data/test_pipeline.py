@@ -98,7 +98,7 @@ def test_a_file_of_its_own(tmp_path, words):
 
 def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(tmp_path, words):
     p = prepare(tmp_path, words, [{"text": "berries " * 40}], max_length=16)
-    ids = words("berries " * 40).input_ids + [words.eos_token_id]
+    ids = [*words("berries " * 40).input_ids, words.eos_token_id]
     assert np.concatenate([e.ids for e in p.train.examples]).tolist() == ids
 
 

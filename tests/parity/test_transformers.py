@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from jaxtune.errors import UserError
+from jaxtune.generate import Sampling, choose
 from jaxtune.models import families
 from jaxtune.tuned import open_model, write_model
 from tests.tiny import write_tiny
@@ -30,7 +31,13 @@ ROPES = {
 
 def write(folder, rope=None, **config):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     own = {**sizes, "num_key_value_heads": 2, "max_position_embeddings": 64, **config}
     if rope:
         own["rope_parameters"] = {"rope_theta": 10000.0, **rope}
@@ -91,9 +98,7 @@ def test_greedy_generation_with_padding(tmp_path):
     model = write(tmp_path / "m", ROPES["llama3"])
     ours = open_model(str(tmp_path / "m"))
     prompts = ["the fox", "1 + 2 = 3 and the fox eats berries"]
-    got = ours.generator.generate(
-        prompts, type("S", (), {})() if False else __import__("jaxtune.generate").generate.Sampling(12)
-    )
+    got = ours.generator.generate(prompts, Sampling(12))
     for p, g in zip(prompts, got, strict=True):
         ids = torch.tensor([ours.tokenizer(p, add_special_tokens=False).input_ids])
         out = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=2)
@@ -106,8 +111,6 @@ def test_logits_processors(tmp_path):
     import jax
     import jax.numpy as jnp
     from transformers.generation import logits_process as lp
-
-    from jaxtune.generate import Sampling, choose
 
     rng = np.random.default_rng(0)
     logits, seen = rng.normal(size=(1, 50)).astype(np.float32) * 3, rng.integers(0, 50, (1, 9))

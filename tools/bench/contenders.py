@@ -43,17 +43,15 @@ def config(folder: Path, method: str, **more: Any) -> Any:
     """The config of a run on these inputs."""
     from jaxtune import config
 
-    tuning = {
+    methods: dict[str, dict[str, Any]] = {
         "lora": {"method": "lora", "rank": RANK, "alpha": ALPHA},
         "full": {"method": "full"},
-        "freeze": {"method": "freeze", "last": 2, "train": ["norm/weight"]},
-    }[method]
-    if method == "freeze":
-        tuning["train"] = []
+        "freeze": {"method": "freeze", "last": 2},
+    }
     given = {
         "model": folder / "model", "data.train": folder / "texts.jsonl", "data.max_length": LENGTH,
         "objective": "pretrain",
-        "tuning": tuning, "output": folder / f"run-{method}", "train.batch_size": BATCH, "train.steps": 1000,
+        "tuning": methods[method], "output": folder / f"run-{method}", "train.batch_size": BATCH, "train.steps": 1000,
         "train.compute_dtype": "float32", "train.remat": "none", "optim.schedule": "constant", "optim.warmup": 0,
     }  # fmt: skip
     return config.load(None, config.nested({**given, **more}))

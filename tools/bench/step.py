@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from tools.bench import flops
 from tools.bench.contenders import BATCH, CONTENDERS, LENGTH, write_inputs
@@ -40,7 +41,7 @@ def worker(name: str, folder: Path, method: str) -> None:
 
 def race(folder: Path, method: str, names: list[str], rounds: int, steps: int) -> dict[str, tuple[float, float]]:
     """Median seconds a step, and peak MiB, of each contender, taking turns."""
-    children = {}
+    children: dict[str, Any] = {}
     for name in names:
         command = [sys.executable, "-m", "tools.bench.step", "--worker", name, method, str(folder)]
         children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
