@@ -60,9 +60,9 @@ def validate(arguments: Pairs = None) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from jaxtune import run
+    from jaxtune import job
 
-    log.table(run.validate(_config(arguments)))
+    log.table(job.validate(_config(arguments)))
     log.say("valid")
 
 
@@ -79,13 +79,13 @@ def evaluate(
     objective: Annotated[str, typer.Option(help="sft or pretrain.")] = "sft",
 ) -> None:
     """Loss, perplexity and token accuracy on a data file; also written to scores.json in a run folder."""
-    from jaxtune import run, tuned
+    from jaxtune import job, run, tuned
     from jaxtune.data import pipeline
 
     _one_of("--objective", objective, ["sft", "pretrain"])
     model = tuned.open_model(target, adapter, _dtype(dtype))
     if data == config.DEMO:
-        data = str(run.DEMO_FOLDER / "validation.jsonl")
+        data = str(job.DEMO_FOLDER / "validation.jsonl")
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     options = config.load(None, given, {"data": {"train": data, "validation": 0.0}}).data
     if "max_length" not in given.get("data", {}):
@@ -130,12 +130,12 @@ def predict(
     seed: Seed = 0,
 ) -> None:
     """Answer every row of a file."""
-    from jaxtune import run, tuned
+    from jaxtune import job, tuned
     from jaxtune.generate import Sampling
 
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
     if file == config.DEMO:
-        file = str(run.DEMO_FOLDER / "validation.jsonl")
+        file = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, _dtype(dtype))
     source = config.Source(path=file, max_samples=max_samples)
     n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"))

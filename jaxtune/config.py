@@ -353,8 +353,8 @@ def validate(tree: Mapping[str, Any], place: str) -> Config:
 
 
 def dump(config: Config) -> str:
-    """A config as YAML, every key with its value."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    """A config as YAML, every key with its value; paths are absolute, so it reads the same from anywhere."""
+    return yaml.safe_dump(_with_paths_from(config.model_dump(), Path.cwd()), sort_keys=False)
 
 
 def _merge(old: Any, new: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, evaluate, log, run, sharding
+from jaxtune import blueprint, config, evaluate, job, log, run, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -91,9 +91,9 @@ class Tuned:
 
     def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
         """Loss, perplexity and token accuracy on rows."""
-        sums = jax.jit(evaluate.make_sums(run.apply_of(self.blueprint), OBJECTIVES[objective]))
+        sums = jax.jit(evaluate.make_sums(job.apply_of(self.blueprint), OBJECTIVES[objective]))
         with jax.set_mesh(self.mesh):
-            return evaluate.scores(sums, self.weights, rows, batch_size, run.putter(self.mesh, None))
+            return evaluate.scores(sums, self.weights, rows, batch_size, job.putter(self.mesh, None))
 
 
 def open_model(
@@ -104,7 +104,7 @@ def open_model(
     Raises:
       UserError: it is none of these, or is damaged.
     """
-    run.use_compile_cache()
+    job.use_compile_cache()
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
         b, boxes, side = open_weights(target, adapter, dtype, on)
@@ -124,7 +124,7 @@ def open_weights(
     if adapter is None and (folder / adapters.CONFIG).exists():
         adapter = target
         target = adapters.Adapter(folder).base
-    base = run.model_folder(target)
+    base = job.model_folder(target)
     if adapter is None:
         b = blueprint.draw(
             base, lambda _: tuning_method.Method(tuning_method.leave, [("", "freeze")]), mesh, dtype or "float32"
@@ -144,19 +144,19 @@ def _from_checkpoint(folder: Path, dtype: str | None) -> tuple[Blueprint, Tree, 
     c = config.load(folder / run.CONFIG)
     if dtype is not None:
         c = c.model_copy(update={"train": c.train.model_copy(update={"compute_dtype": dtype, "remat": "none"})})
-    job = run.prepare(c)
+    started = job.prepare(c)
     checkpoints = Checkpoints(folder / run.CHECKPOINTS, c.checkpoint.keep)
     if (newest := checkpoints.newest) is None:
         raise UserError(
             f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it"
         )
-    restored, _ = checkpoints.restore(newest, job.state.saved())
+    restored, _ = checkpoints.restore(newest, started.state.saved())
     checkpoints.close()
-    boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))
-    _, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
+    boxes = blueprint.materialise(started.blueprint, jax.random.key(c.train.seed))
+    _, frozen = tuning_method.split(unbox(boxes), started.blueprint.labels)
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
     weights = tuning_method.join(restored["trainable"], frozen)
-    return job.blueprint, blueprint.boxed(job.blueprint, weights), job.blueprint.folder
+    return started.blueprint, blueprint.boxed(started.blueprint, weights), started.blueprint.folder
 
 
 def write_model(source: str, target: Path, adapter: str | None = None, dtype: str | None = None) -> None:

@@ -185,3 +185,16 @@ def test_python_is_the_same_path(chatty, sums_file, tmp_path):
     assert isinstance(run.generate("1 + 1 =", max_new_tokens=4), str)
     assert run.config.tuning.rank == 2
     assert isinstance(jaxtune.load(run.folder).answer("2 + 2 =", max_new_tokens=4), str)
+
+
+def test_a_run_of_relative_paths_opens_from_elsewhere_without_its_export(chatty, sums_file, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(sums_file, "here.jsonl")
+    call("train", f"model={os.path.relpath(chatty)}", "data.train=here.jsonl", "output=r", *QUICK)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    finished = jaxtune.load(tmp_path / "r").answer("1 + 1 =", max_new_tokens=4)
+    shutil.rmtree(tmp_path / "r" / "export")
+    assert jaxtune.load(tmp_path / "r").answer("1 + 1 =", max_new_tokens=4) == finished

@@ -161,9 +161,16 @@ class Batch(NamedTuple):
         return int((self.columns["segment_BT"] > 0).sum())
 
 
-def total_steps(n_rows: int, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimiser steps of a run."""
-    return steps or max(1, math.ceil(n_rows * epochs / batch_size))
+def extent(n_rows: int, batch_size: int, epochs: float, steps: int | None) -> tuple[int, int]:
+    """Optimiser steps of a run, and the rows that they take; the last batch of whole epochs may not be full.
+
+    >>> extent(10, 4, 1.0, None), extent(10, 4, 1.0, 7)
+    ((3, 10), (7, 28))
+    """
+    if steps is not None:
+        return steps, steps * batch_size
+    rows = math.ceil(n_rows * epochs)
+    return math.ceil(rows / batch_size), rows
 
 
 class Batches:

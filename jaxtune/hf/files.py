@@ -271,14 +271,15 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     """
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise UserError(f"{folder}: cannot write ({e.strerror or e}); nothing was left there") from e
     finally:

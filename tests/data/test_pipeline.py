@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from jaxtune.config import Data
 from jaxtune.data import pipeline
 from jaxtune.data.encode import Encoded
-from jaxtune.data.pipeline import Batches, Rows, total_steps
+from jaxtune.data.pipeline import Batches, Rows, extent
 from jaxtune.errors import UserError
 from jaxtune.hf import tokenizer
 from tests.tiny import write_jsonl
@@ -64,10 +64,11 @@ def test_fill_up_rows_are_empty():
     assert not last.columns["segment_BT"][1:].any()
 
 
-def test_steps():
-    assert total_steps(10, 4, 1, None) == 3
-    assert total_steps(10, 4, 2.0, None) == 5
-    assert total_steps(10, 4, 1, 7) == 7
+@given(st.integers(1, 99), st.integers(1, 40), st.floats(0.01, 4))
+def test_there_is_a_batch_for_every_step(n, batch_size, epochs):
+    steps, taken = extent(n, batch_size, epochs, None)
+    assert (steps - 1) * batch_size < taken <= steps * batch_size
+    assert extent(n, batch_size, epochs, 7) == (7, 7 * batch_size)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import jax
-from jaxtune import log, run
+from jaxtune import job as jobs, log, run
 from tests.tiny import make_config
 assert jax.device_count() == 8
 model, data, out = (Path(a) for a in sys.argv[1:4])
@@ -22,7 +22,8 @@ for i, mesh in enumerate(json.loads(sys.argv[4])):
     for method in ({"method": "lora", "rank": 2}, {"method": "freeze", "last": 1}):
         folder = out / f"{i}-{method['method']}"
         run.train(make_config(model, data, folder, mesh=mesh, tuning=method))
-state = run.prepare(make_config(model, data, out / "x", mesh={"fsdp": 4, "tensor": 2}, tuning={"method": "full"})).state
+full = make_config(model, data, out / "x", mesh={"fsdp": 4, "tensor": 2}, tuning={"method": "full"})
+state = jobs.prepare(full).state
 print("SPECS", {str(s.sharding.spec) for s in jax.tree.leaves(state.optimiser)})
 """
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": -1, "fsdp": 1}]

@@ -11,7 +11,10 @@ import torch
 import transformers
 
 from jaxtune import blueprint, config, optim, run, tuned
+from jaxtune import job as jobs
+from jaxtune.data.pipeline import Batches
 from jaxtune.hf import adapters
+from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuned import open_model
 from jaxtune.tuning import method as m
@@ -46,7 +49,7 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
         optim__schedule="constant", optim__warmup=0, optim__weight_decay=0.0, optim__clip=1.0, train__steps=20,
         optim__learning_rate=rate, data__packing=False,
     )  # fmt: skip
-    job = run.prepare(c)
+    job = jobs.prepare(c)
     boxes = blueprint.materialise(job.blueprint, jax.random.key(0))
     if t["method"] == "lora":  # B away from zero, so that both factors matter from the start
         boxes = jax.tree_util.tree_map_with_path(
@@ -67,8 +70,8 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
 
     tx = optim.make(c.optim, 20)
     state = State(trainable, frozen, tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
-    step = jax.jit(make_step(run.apply_of(job.blueprint), run.OBJECTIVES["sft"], tx))
-    batches = run.Batches(job.data.train, 4, seed=0, row_count=80)
+    step = jax.jit(make_step(jobs.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
+    batches = Batches(job.data.train, 4, seed=0, row_count=80)
     ours, torchs = [], []
     for batch in batches:
         state, report = step(state, {k: v[None] for k, v in batch.columns.items()})

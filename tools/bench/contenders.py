@@ -62,22 +62,24 @@ def jaxtune(folder: Path, method: str) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import blueprint, run
+    from jaxtune import blueprint
+    from jaxtune import job as jobs
+    from jaxtune.data.pipeline import Batches
     from jaxtune.layers import unbox
     from jaxtune.training import State
     from jaxtune.tuning.method import split
 
-    job = run.prepare(config(folder, method))
+    job = jobs.prepare(config(folder, method))
     with jax.set_mesh(job.mesh):
-        step = run.compile_step(job)
+        step = jobs.compile_step(job)
         trainable, frozen = split(unbox(blueprint.materialise(job.blueprint, jax.random.key(0))), job.blueprint.labels)
         key = jax.random.key_data(jax.random.key(0))
         state = jax.device_put(
             State(trainable, frozen, jax.jit(job.tx.init)(trainable), jnp.int32(0), key),
             jax.tree.map(lambda s: s.sharding, job.state),
         )
-    batches = run.Batches(job.data.train, BATCH, seed=0, row_count=None)
-    put = run.putter(job.mesh, 1)
+    batches = Batches(job.data.train, BATCH, seed=0, row_count=None)
+    put = jobs.putter(job.mesh, 1)
 
     def one() -> float:
         nonlocal state

@@ -86,8 +86,8 @@ def by_hand(method: str) -> float:
 
 def report(folder: Path, method: str) -> None:
     """Print both counts of jaxtune's step."""
-    from jaxtune import run
+    from jaxtune import job as jobs
 
-    job = run.prepare(c.config(folder, method))
-    got, want = compiled(run.compile_step(job).as_text()), by_hand(method)
+    job = jobs.prepare(c.config(folder, method))
+    got, want = compiled(jobs.compile_step(job).as_text()), by_hand(method)
     print(f"  compiled FLOPs {got / 1e9:.1f} G a step, by hand {want / 1e9:.1f} G: {100 * (got / want - 1):+.1f} %")

@@ -1,0 +1,289 @@
+"""A run before its weights are read: data, shapes, shardings, the optimiser's shapes, and the compiled step.
+
+The composition root: here a config becomes model, method, objective, data and step. `validate` stops here, and planning
+can; `run.train` goes on from the same values, so what is promised is what trains.
+
+Dimensions: A micro-batches of a step, R rows of a batch, B rows of a micro-batch, T time.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtune import blueprint, config, log, optim, sharding, tuning
+from jaxtune.blueprint import Blueprint
+from jaxtune.config import DEMO, Config
+from jaxtune.data import encode, pipeline
+from jaxtune.data.pipeline import Batch, Prepared, Rows
+from jaxtune.errors import UserError
+from jaxtune.hf import files, tokenizer
+from jaxtune.layers import unbox
+from jaxtune.objectives import OBJECTIVES
+from jaxtune.training import State, make_step
+from jaxtune.tuning import method as tuning_method
+
+Tree = Any
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+# --- where things are -----------------------------------------------------------------------------------------------
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: the demo's, a local one, or a snapshot of a hub repository.
+
+    Raises:
+      UserError: there is no such folder, and it is not a hub id that can be had.
+    """
+    if name == DEMO:
+        return DEMO_FOLDER / "model"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"model {name}: no such folder")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [*files.SIDE_FILES, *files.LICENCE_FILES, "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise UserError(
+            f"model {name}: neither a folder here nor to be had from the hub ({type(e).__name__}); give "
+            "a local folder, or look at the name, the network and `hf auth login`"
+        ) from e
+
+
+def data_with_demo(data: config.Data) -> config.Data:
+    """The data section with "demo" turned into the files that come with the package."""
+    if data.train != DEMO:
+        return data
+    held = (
+        data.validation
+        if isinstance(data.validation, str) or data.validation
+        else str(DEMO_FOLDER / "validation.jsonl")
+    )
+    return data.model_copy(update={"train": str(DEMO_FOLDER / "train.jsonl"), "validation": held})
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs on disk, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "jaxtune" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run before its weights are read."""
+
+    config: Config
+    data: Prepared
+    tokenizer: Any
+    blueprint: Blueprint
+    mesh: jax.sharding.Mesh
+    steps: int
+    rows: int  # of all steps
+    state: State  # abstract, with shardings
+    tx: Any
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint remembers of its run."""
+        held = self.data.validation
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "steps": self.steps,
+            "data_digest": self.data.train.digest(),
+            "validation_digest": held.digest() if held else None,
+            "model_digest": _digest(self.blueprint),
+            "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint")},
+        }
+
+
+def _digest(b: Blueprint) -> str:
+    """Of the base model: its config, and the sizes and names of its tensors."""
+    h = hashlib.blake2b((b.folder / "config.json").read_bytes(), digest_size=16)
+    for name, ts in sorted(b.tensors.items()):
+        h.update(f"{name} {[(t.dtype.name, t.shape) for t in ts]}".encode())
+        h.update(ts[0].open().reshape(-1)[:4096].tobytes())
+    return h.hexdigest()
+
+
+def prepare(c: Config) -> Job:
+    """Everything of a run that needs no weights: data, shapes, shardings, the optimiser's shapes.
+
+    Raises:
+      UserError: something of the config, the files or the data does not fit.
+    """
+    folder = model_folder(c.model)
+    blueprint.read_config(folder)  # the most likely mistake first
+    words = tokenizer.load(folder)
+    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
+    mesh = sharding.make_mesh(c.mesh)
+    b = blueprint.draw(folder, lambda d: tuning.make(c.tuning, d), mesh, c.train.compute_dtype, c.train.remat)
+    _check_vocabulary(data.train, b.decoder.vocab)
+    if c.data.max_length > b.decoder.rope.context and b.decoder.rope.kind == "default":
+        log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.rope.context}")
+    steps, rows = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
+    tx = optim.make(c.optim, steps)
+    trainable, frozen = tuning_method.split(b.abstract, b.labels)
+    shapes = jax.eval_shape(tx.init, trainable)
+    where = sharding.optimiser_shardings(tx, trainable, mesh)
+    scalar = sharding.replicated(mesh)
+    state = State(
+        trainable,
+        frozen,
+        jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, where),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
+        jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
+    )
+    return Job(c, data, words, b, mesh, steps, rows, state, tx)
+
+
+def _check_vocabulary(rows: Rows, vocab: int) -> None:
+    if (largest := max(int(e.ids.max()) for e in rows.examples)) >= vocab:
+        raise UserError(
+            f"the tokenizer gives id {largest}, the model has {vocab} embeddings; they do not belong together"
+        )
+
+
+def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapping[str, Any]]:
+    """How a batch goes onto the mesh: `[A, B, T]` for `micro` micro-batches, `[B, T]` for None.
+
+    Rows are added, empty ones, where B does not divide over the mesh.
+    """
+    shards = sharding.batch_shards(mesh)
+    where = sharding.batch_sharding(mesh, lead=0 if micro is None else 1)
+
+    def put(batch: Batch) -> Mapping[str, Any]:
+        out = {}
+        for name, x_RT in batch.columns.items():
+            x_ABT = x_RT.reshape(micro or 1, -1, x_RT.shape[-1])
+            x_ABT = np.pad(x_ABT, ((0, 0), (0, -x_ABT.shape[1] % shards), (0, 0)))
+            out[name] = jax.make_array_from_process_local_data(where, x_ABT if micro else x_ABT[0])
+        return out
+
+    return put
+
+
+def compile_step(job: Job) -> Any:
+    """The very step that trains, compiled from shapes."""
+    c = job.config
+    step = make_step(apply_of(job.blueprint), OBJECTIVES[c.objective], job.tx)
+    rows = c.train.batch_size // c.train.accumulation
+    rows += -rows % sharding.batch_shards(job.mesh)
+    shape = c.train.accumulation, rows, job.data.train.length
+    where = sharding.batch_sharding(job.mesh, lead=1)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in pipeline.COLUMNS}
+    out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
+    with jax.set_mesh(job.mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch).compile()
+
+
+def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
+    """The model as a function of weights and batch."""
+
+    def apply(weights: Tree, batch: Mapping[str, Any]) -> Any:
+        return b.model.apply({"params": weights}, batch["ids_BT"], batch["segment_BT"], batch["position_BT"])[0]
+
+    return apply
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+
+def introduce(job: Job, compiled: Any) -> None:
+    """Say what is about to happen: one training sample, and the numbers of the run."""
+    c, data, b = job.config, job.data, job.blueprint
+    for remark in data.remarks:
+        log.say(remark)
+    first = data.train.examples[data.train.rows[0][0]]
+    mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
+    log.sample(encode.visible(job.tokenizer, first.ids, mask))
+    trains, all_ = tuning_method.count(job.state.trainable), tuning_method.count(b.abstract)
+    filled = data.train.tokens / (len(data.train) * data.train.length)
+    per_device = compiled.memory_analysis()
+    memory = "not known here"
+    if per_device is not None:
+        state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
+        memory = f"{log.size(state + rest)} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
+    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
+    log.table(
+        [
+            ("model", f"{c.model if c.model == DEMO else b.folder.name}: {all_ - _adapters(b):,} parameters"),
+            ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
+            ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
+                       f"remat {c.train.remat}"),
+            ("data", f"{len(data.train.examples):,} examples, {data.train.tokens:,} tokens, "
+                     f"{data.train.trained_tokens:,} of them trained on"),
+            ("rows", f"{len(data.train):,} of {data.train.length} tokens, {100 * filled:.0f} % full"
+                     + (f"; validation {len(data.validation)}" if data.validation else "; no validation")),
+            ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
+                      + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
+            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
+            ("compute", c.train.compute_dtype),
+            ("memory", memory),
+        ]
+    )  # fmt: skip
+
+
+def _adapters(b: Blueprint) -> int:
+    """Parameters that the method added."""
+    return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
+
+
+def validate(c: Config) -> list[tuple[str, str]]:
+    """What can be checked without weights: config, files, columns, token lengths, memory, disk; as names and values.
+
+    Raises:
+      UserError: something does not fit.
+    """
+    job = prepare(c)
+    b, data = job.blueprint, job.data
+    lengths = np.array([len(e.ids) for e in data.train.examples])
+
+    def held(tree: Tree) -> int:
+        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    saved = held(job.state.saved())
+    exported = (
+        saved
+        if isinstance(c.tuning, config.Lora)
+        else sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
+    )
+    need = saved * (c.checkpoint.keep + 1) + exported
+    out = Path(c.output).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    if need > free:
+        raise UserError(f"{out}: checkpoints and export need {log.size(need)}, {log.size(free)} are free; make room")
+    gradients = held(job.state.trainable)
+    return [
+        *[("remark", r) for r in data.remarks],
+        ("model", f"{b.folder}: {tuning_method.count(unbox(tuning_method.strip(b.weights))):,} parameters, "
+                  "all tensors fit"),
+        ("tuning", f"{c.tuning.method}: {tuning_method.count(job.state.trainable):,} parameters train"),
+        ("data", f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, "
+                 f"median {np.median(lengths):.0f}"),
+        ("rows", f"{len(data.train):,} of {data.train.length} tokens"
+                 + (f"; validation {len(data.validation):,}" if data.validation else "")),
+        ("steps", f"{job.steps:,}"),
+        ("memory", f"{log.size(held(job.state) + gradients)} for weights, optimiser and gradients over all devices; "
+                   "activations come on top"),
+        ("disk", f"{log.size(need)} for {c.checkpoint.keep + 1} checkpoints and the export; {log.size(free)} free"),
+    ]  # fmt: skip
