@@ -282,9 +282,11 @@ def main(arguments: list[str] | None = None) -> Any:
     except KeyboardInterrupt:
         _fail("interrupted; a run goes on from its last checkpoint", 130)
     except OSError as e:
-        if debug or e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if debug or e.errno is None:
             raise
-        _fail(f"{e.filename or 'disk'}: {e.strerror}; make room or choose another output")
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "look at the path and its rights; --debug shows where"
+        _fail(f"{e.filename or 'disk'}: {e.strerror}; {remedy}")
     except Interrupted as e:
         _fail(str(e), RESUME_ME)
 

@@ -144,6 +144,7 @@ def test_schema_and_recipes(tmp_path, capsys):
         (["model=MODEL", "data.train=DATA", "data.max_length=8"], "raise it"),
         (["model=MODEL", "data.train=DATA", "mesh.fsdp=3"], "mesh: data 1 × fsdp 3 × tensor 1 is not the 1 devices"),
         (["model=EMPTY", "data.train=DATA"], "has no config.json"),
+        (["model=MODEL", "data.train=DATA", "output=DATA/r", *QUICK], "look at the path and its rights"),
         (["model=some-org/some-model", "data.train=DATA"], "neither a folder here nor to be had from the hub"),
     ],
 )
@@ -151,7 +152,12 @@ def test_mistakes_are_one_line_and_exit_with_2(chatty, sums_file, tmp_path, caps
     (tmp_path / "empty").mkdir()
     names = {"MODEL": chatty, "DATA": sums_file, "EMPTY": tmp_path / "empty"}
     args = [re.sub("|".join(names), lambda m: str(names[m[0]]), a) for a in args]
-    call("train", *args, *([f"output={tmp_path}/r"] if args and "=" in args[0] else []), code=2)
+    call(
+        "train",
+        *args,
+        *([f"output={tmp_path}/r"] if args and "=" in args[0] and "output" not in " ".join(args) else []),
+        code=2,
+    )
     err = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning")]
     assert len(err) == 1
     assert err[0].startswith("error: ")

@@ -78,7 +78,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 )
             header = json.loads(f.read(length))
     except FileNotFoundError as e:
-        raise UserError(f"{file}: no such file; the folder's index names it") from e
+        raise UserError(f"{file}: no such file; is the folder whole?") from e
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise UserError(f"{file}: the safetensors header is damaged ({e}); {remedy}") from e
     tensors = {}
