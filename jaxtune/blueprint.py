@@ -90,9 +90,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON ({e}); copy or download it again") from e
 
 
-def materialise(b: Blueprint, key: jax.Array) -> Tree:
-    """The `Weight`s with their arrays: those of the files, and the method's own (adapters), made on their devices."""
-    base = files.load(b.tensors, tuning.strip(b.weights), tuning.strip(b.shardings))
+def materialise(b: Blueprint, key: jax.Array, base: bool = True) -> Tree:
+    """The `Weight`s with their arrays: those of the files, and the method's own (adapters), made on their devices.
+
+    Without `base` the files are not read, and their weights stay abstract: enough for `full_tensors`.
+    """
+    plain = tuning.strip(b.weights)
+    if base:
+        plain = files.load(b.tensors, plain, tuning.strip(b.shardings))
     leaves, tree = jax.tree_util.tree_flatten_with_path(b.weights, is_leaf=is_weight)
     places = dict(zip((p for p, _ in leaves), jax.tree.leaves(b.shardings), strict=True))
 
@@ -102,12 +107,13 @@ def materialise(b: Blueprint, key: jax.Array) -> Tree:
         found = jax.tree_util.tree_leaves_with_path(wrapped, is_leaf=is_weight)
         return {path_name(p): w.value for p, w in found if not isinstance(w.value, jax.ShapeDtypeStruct)}
 
-    shapes = jax.eval_shape(own, key)
+    where = {path_name(p): s for p, s in places.items()}
     made: dict[str, Any] = {}
-    if shapes:
-        where = {path_name(p): s for p, s in places.items()}
+    if b.method.made:
+        made = {name: jax.device_put(x, where[name]) for name, x in own(key).items()}
+    elif shapes := jax.eval_shape(own, key):
         made = jax.jit(own, out_shardings={name: where[name] for name in shapes})(key)
-    values = iter(jax.tree.leaves(base, is_leaf=is_weight))
+    values = iter(jax.tree.leaves(plain, is_leaf=is_weight))
     filled = [w.like(made[path_name(p)]) if path_name(p) in made else next(values) for p, w in leaves]
     return jax.tree.unflatten(tree, filled)
 
@@ -152,7 +158,8 @@ def full_tensors(b: Blueprint, weights: Tree, dtype: np.dtype | None = None) -> 
 
 def _merged(node: Any, i: int, tensor: files.Tensor) -> np.ndarray:
     """One layer of a node as a dense tensor, on the base's tensor in full precision."""
-    one = jax.tree.map(lambda w: w.value[i] if w.stacked else w.value, node, is_leaf=is_weight)
-    base = tuning.strip(jax.tree.map(lambda w: w, node, is_leaf=is_weight))
+    base = tuning.strip(node)
+    own = dataclasses.replace(node, base=None)
+    one = jax.tree.map(lambda w: w.value[i] if w.stacked else w.value, own, is_leaf=is_weight)
     dense = densify(dataclasses.replace(one, base=jax.numpy.asarray(layout.from_hf(tensor.open(), base))))
     return layout.to_hf(np.asarray(dense), base)

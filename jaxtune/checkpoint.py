@@ -19,7 +19,10 @@ from jaxtune.weights import path_name
 
 # What may differ between a run and its resumption; everything else would change what the run means. Model and data are
 # compared by what they hold, not by where they lie.
-_FREE = ("output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat", "versions")
+_FREE = (
+    "output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat",
+    "optim.learning_rate", "optim.clip", "template", "versions",
+)  # fmt: skip
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -36,13 +39,20 @@ def unflat(leaves: Mapping[str, Any], like: Any) -> Any:
 class Checkpoints:
     """The checkpoints of a run folder."""
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Path, keep: int = 3, read_only: bool = False) -> None:
+        """Args:
+        folder: where they are, or will be.
+        keep: how many stay.
+        read_only: touch nothing; the run may be going on in another process.
+        """
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it says of a failed save is said here, in a line
         self._ocp = ocp
         self.folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     @property
@@ -86,7 +96,14 @@ class Checkpoints:
     def about(self, step: int) -> dict[str, Any]:
         """The config and digests that a step was saved with."""
         args = self._ocp.args
-        return self._manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
+        try:
+            return self._manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
+        except (OSError, ValueError, KeyError) as e:
+            raise self._unreadable(step, e) from e
+
+    def _unreadable(self, step: int, e: Exception) -> UserError:
+        reason = " ".join(str(e).split())[:200]
+        return UserError(f"{self.folder / str(step)}: cannot be restored ({reason}); remove it to use an older one")
 
     def restore(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Trees of the forms, shapes and shardings of `like` (abstract), and where the batches stood.
@@ -101,10 +118,7 @@ class Checkpoints:
                 step, args=args.Composite(state=args.StandardRestore(trees), data=args.JsonRestore())
             )
         except (OSError, ValueError, KeyError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(
-                f"{self.folder / str(step)}: cannot be restored ({reason}); remove it to use an older one"
-            ) from e
+            raise self._unreadable(step, e) from e
         return {name: unflat(found["state"][name], tree) for name, tree in like.items()}, found["data"]
 
     def close(self) -> None:

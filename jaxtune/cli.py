@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something that the user can put right (one line says what)
 
 import errno
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -59,10 +60,13 @@ def validate(arguments: Pairs = None) -> None:
     """Check CONFIG, files, columns, lengths, memory and disk, before any device is touched."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")
     from jaxtune import job
 
-    log.table(job.validate(_config(arguments)))
+    c = _config(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    if (devices := math.prod(n for n in (c.mesh.data, c.mesh.fsdp, c.mesh.tensor) if n > 0)) > 1:
+        jax.config.update("jax_num_cpu_devices", devices)  # the mesh is that of another machine
+    log.table(job.validate(c))
     log.say("valid")
 
 
@@ -75,23 +79,24 @@ def evaluate(
     ] = None,
     adapter: Adapter = None,
     dtype: Dtype = "float32",
-    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 8,
-    objective: Annotated[str, typer.Option(help="sft or pretrain.")] = "sft",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    objective: Annotated[str | None, typer.Option(help="sft or pretrain; the run's own, else sft.")] = None,
 ) -> None:
     """Loss, perplexity and token accuracy on a data file; also written to scores.json in a run folder."""
     from jaxtune import job, run, tuned
     from jaxtune.data import pipeline
 
+    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    objective = objective or (trained.objective if trained else "sft")
     _one_of("--objective", objective, ["sft", "pretrain"])
-    model = tuned.open_model(target, adapter, _dtype(dtype))
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
+    model = tuned.open_model(target, adapter, _dtype(dtype))
+    context = model.blueprint.decoder.rope.context
+    own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
+    base = {"data": {"max_length": min(1024, context), **own}}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
-    options = config.load(None, given, {"data": {"train": data, "validation": 0.0}}).data
-    if "max_length" not in given.get("data", {}):
-        options = options.model_copy(
-            update={"max_length": min(options.max_length, model.blueprint.decoder.rope.context)}
-        )
+    options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
     prepared = pipeline.prepare(options, model.tokenizer, 0, objective)
     for remark in prepared.remarks:
         log.say(remark.replace("train:", f"{data}:"))
@@ -99,7 +104,7 @@ def evaluate(
     log.table([(k, f"{v:.4f}") for k, v in scores.items()])
     if (Path(target) / run.CONFIG).exists():
         file = Path(target) / "scores.json"
-        file.write_text(json.dumps({"data": data, **scores}, indent=2) + "\n")
+        log.write_whole(file, json.dumps({"data": data, **scores}, indent=2) + "\n")
         log.say(f"written to {file}")
 
 
@@ -116,6 +121,7 @@ Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 def predict(
     target: Target,
     file: Annotated[str, typer.Argument(help="A JSONL or CSV file of prompts, in any of the data formats.")],
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="format or columns.")] = None,
     out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
     adapter: Adapter = None,
     dtype: Dtype = "float32",
@@ -137,7 +143,9 @@ def predict(
     if file == config.DEMO:
         file = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, _dtype(dtype))
-    source = config.Source(path=file, max_samples=max_samples)
+    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
+    given = {"data": {**given.get("data", {}), "train": file}}
+    source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
     n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"))
     log.say(f"{n} answers written to {out}")
 
@@ -279,8 +287,6 @@ def main(arguments: list[str] | None = None) -> Any:
         if debug:
             raise
         _fail(str(e))
-    except KeyboardInterrupt:
-        _fail("interrupted; a run goes on from its last checkpoint", 130)
     except OSError as e:
         if debug or e.errno is None:
             raise

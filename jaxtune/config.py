@@ -19,7 +19,7 @@ DEMO = "demo"  # names the model and the data that come with the package
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Source(_Strict):
@@ -160,7 +160,7 @@ class Train(_Strict):
     """Activations and frozen weights; trained weights and the optimiser are float32."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass computes again: nothing, all but matrix products, or each layer whole."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of adapters, dropout, the shuffle and the split."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
@@ -361,7 +361,7 @@ def _merge(old: Any, new: Any) -> Any:
     """`new` over `old`. Another tuning method starts afresh: the keys of the old one mean nothing to it."""
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
-    if "method" in new and new["method"] != old.get("method", new["method"]):
+    if "method" in new and new["method"] != old.get("method", "lora"):
         return dict(new)
     return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
 
@@ -372,7 +372,7 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     def joined(value: Any, must: bool = True) -> Any:
         if not isinstance(value, str) or value in (DEMO, "") or Path(value).is_absolute():
             return value
-        path = Path(os.path.normpath(folder / value))
+        path = Path(os.path.normpath(folder / Path(value).expanduser()))
         return str(path) if must or path.exists() or value.startswith((".", "~")) or value.count("/") != 1 else value
 
     tree = dict(tree)

@@ -5,7 +5,7 @@ Dimensions: B batch, T prompt length, S places in the cache, V vocab.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -221,8 +221,3 @@ def _stable_hash(ids: Sequence[int]) -> int:
     for i in ids:  # FNV-1a
         h = ((h ^ i) * 16777619) & 0xFFFFFFFF
     return h
-
-
-def sampling(options: Mapping[str, Any]) -> Sampling:
-    """`Sampling` from options, None meaning the default."""
-    return Sampling(**{k: v for k, v in options.items() if v is not None})

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxtune import blueprint, config, log, optim, sharding, tuning
 from jaxtune.blueprint import Blueprint
@@ -28,6 +29,7 @@ from jaxtune.data.pipeline import Batch, Prepared, Rows
 from jaxtune.errors import UserError
 from jaxtune.hf import files, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.models import families
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuning import method as tuning_method
@@ -112,6 +114,7 @@ class Job:
             "data_digest": self.data.train.digest(),
             "validation_digest": held.digest() if held else None,
             "model_digest": _digest(self.blueprint),
+            "template": self.data.template,
             "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint")},
         }
 
@@ -132,16 +135,18 @@ def prepare(c: Config) -> Job:
       UserError: something of the config, the files or the data does not fit.
     """
     folder = model_folder(c.model)
-    blueprint.read_config(folder)  # the most likely mistake first
+    families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # the most likely mistakes first
     words = tokenizer.load(folder)
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
     mesh = sharding.make_mesh(c.mesh)
     b = blueprint.draw(folder, lambda d: tuning.make(c.tuning, d), mesh, c.train.compute_dtype, c.train.remat)
-    _check_vocabulary(data.train, b.decoder.vocab)
+    for rows in (data.train, data.validation):
+        if rows is not None:
+            check_vocabulary(rows, b.decoder.vocab)
     if c.data.max_length > b.decoder.rope.context and b.decoder.rope.kind == "default":
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.rope.context}")
-    steps, rows = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
-    tx = optim.make(c.optim, steps)
+    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
+    tx = optax.chain(optim.make(c.optim, steps), b.method.updates)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
     where = sharding.optimiser_shardings(tx, trainable, mesh)
@@ -153,10 +158,11 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
-    return Job(c, data, words, b, mesh, steps, rows, state, tx)
+    return Job(c, data, words, b, mesh, steps, row_count, state, tx)
 
 
-def _check_vocabulary(rows: Rows, vocab: int) -> None:
+def check_vocabulary(rows: Rows, vocab: int) -> None:
+    """Raises: UserError: the tokenizer gives ids that the model has no embedding for."""
     if (largest := max(int(e.ids.max()) for e in rows.examples)) >= vocab:
         raise UserError(
             f"the tokenizer gives id {largest}, the model has {vocab} embeddings; they do not belong together"
@@ -176,7 +182,7 @@ def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapp
         for name, x_RT in batch.columns.items():
             x_ABT = x_RT.reshape(micro or 1, -1, x_RT.shape[-1])
             x_ABT = np.pad(x_ABT, ((0, 0), (0, -x_ABT.shape[1] % shards), (0, 0)))
-            out[name] = jax.make_array_from_process_local_data(where, x_ABT if micro else x_ABT[0])
+            out[name] = jax.device_put(x_ABT if micro else x_ABT[0], where)
         return out
 
     return put
@@ -248,6 +254,31 @@ def _adapters(b: Blueprint) -> int:
     return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
 
 
+def held(tree: Tree) -> int:
+    """Bytes of a tree of abstract arrays."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check_disk(job: Job) -> tuple[int, int]:
+    """Bytes that the run's checkpoints and export need, and bytes that are free where they go.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    c, b = job.config, job.blueprint
+    saved = held(job.state.saved())
+    whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
+    need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Lora) else whole)
+    out = Path(c.output).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    if need > free:
+        raise UserError(
+            f"{out}: {c.checkpoint.keep + 1} checkpoints and the export need {log.size(need)}, {log.size(free)} are "
+            "free; make room, lower checkpoint.keep or choose another output"
+        )
+    return need, free
+
+
 def validate(c: Config) -> list[tuple[str, str]]:
     """What can be checked without weights: config, files, columns, token lengths, memory, disk; as names and values.
 
@@ -258,20 +289,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
     b, data = job.blueprint, job.data
     lengths = np.array([len(e.ids) for e in data.train.examples])
 
-    def held(tree: Tree) -> int:
-        return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-    saved = held(job.state.saved())
-    exported = (
-        saved
-        if isinstance(c.tuning, config.Lora)
-        else sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
-    )
-    need = saved * (c.checkpoint.keep + 1) + exported
-    out = Path(c.output).absolute()
-    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-    if need > free:
-        raise UserError(f"{out}: checkpoints and export need {log.size(need)}, {log.size(free)} are free; make room")
+    need, free = check_disk(job)
     gradients = held(job.state.trainable)
     return [
         *[("remark", r) for r in data.remarks],

@@ -225,9 +225,8 @@ def attend(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    q_CGTH = (q_BTNH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
-    k_CSH = k_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H)
-    v_CSH = v_BSKH.transpose(0, 2, 1, 3).reshape(B * K, S, H)
+    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     aligned = isinstance(start, int) and start == 0 and S == T
     size = max(64, -(-T // blocks)) if aligned else T
     out = []
@@ -236,19 +235,19 @@ def attend(
         seen = j if aligned else S
         causal_ts = start + jnp.arange(i, j)[:, None] >= jnp.arange(seen)
         same_Bts = q_segment_BT[:, i:j, None] == k_segment_BS[:, None, :seen]
-        score_Cgs = _batched(q_CGTH[:, :, i:j].reshape(B * K, -1, H), k_CSH[:, :seen], 2)
-        score_BKGts = score_Cgs.astype(jnp.float32).reshape(B, K, G, j - i, seen)
+        score_BKgs = _batched(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKSH[:, :, :seen], 3)
+        score_BKGts = score_BKgs.reshape(B, K, G, j - i, seen)
         p_BKGts = jax.nn.softmax(jnp.where((causal_ts & same_Bts)[:, None, None], score_BKGts, _NEVER), -1)
-        o_CgH = _batched(p_BKGts.astype(v_CSH.dtype).reshape(B * K, -1, seen), v_CSH[:, :seen], 1)
-        out.append(o_CgH.reshape(B, K, G, j - i, H))
+        p_BKgs = p_BKGts.astype(v_BKSH.dtype).reshape(B, K, -1, seen)
+        out.append(_batched(p_BKgs, v_BKSH[:, :, :seen], 2).reshape(B, K, G, j - i, H))
     o_BKGTH = jnp.concatenate(out, 3) if len(out) > 1 else out[0]
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _batched(x: Array, y: Array, contract: int) -> Array:
-    """Matrix products over the leading axis, contracting the last axis of `x` with axis `contract` of `y`."""
-    dims = (((2,), (contract,)), ((0,), (0,)))
-    wide = jnp.float32 if contract == 2 else None
+    """Matrix products over batch and heads, each sharded in its own way; contracts axis `contract` of `y`."""
+    dims = (((3,), (contract,)), ((0, 1), (0, 1)))
+    wide = jnp.float32 if contract == 3 else None  # scores
     return jax.lax.dot_general(x, y, dims, precision=precision(x.dtype), preferred_element_type=wide)
 
 

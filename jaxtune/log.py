@@ -75,7 +75,7 @@ class RunLog:
         self.file = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
-        _write_lines(self.file, self.history)
+        write_whole(self.file, "".join(json.dumps(e) + "\n" for e in self.history))
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._events: Any = None
         self._began, self._done, self._open = time.perf_counter(), 0, False
@@ -152,16 +152,22 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     entries = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             break
+        if isinstance(entry, dict) and "step" in entry:
+            entries.append(entry)
     return entries
 
 
-def _write_lines(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    temporary.replace(file)
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file that is replaced when it is complete, or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def plot(history: Sequence[Mapping[str, Any]], file: Path) -> None:

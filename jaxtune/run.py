@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import os
 import signal
 import threading
@@ -20,9 +21,19 @@ from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
 from jaxtune.data.pipeline import Batch, Batches
-from jaxtune.errors import Interrupted
+from jaxtune.errors import Interrupted, UserError
 from jaxtune.hf import adapters, files, tokenizer
-from jaxtune.job import Job, apply_of, compile_step, data_with_demo, introduce, prepare, putter, use_compile_cache
+from jaxtune.job import (
+    Job,
+    apply_of,
+    check_disk,
+    compile_step,
+    data_with_demo,
+    introduce,
+    prepare,
+    putter,
+    use_compile_cache,
+)
 from jaxtune.layers import unbox
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import Every, Hooks, State, loop
@@ -41,7 +52,16 @@ def train(c: Config) -> Path:
     """
     use_compile_cache()
     out = Path(c.output)
-    job = prepare(c)
+    with _told_to_stop() as told:
+        job = prepare(c)
+        check_disk(job)
+        with _alone(out):
+            _train(job, out, told)
+    return out
+
+
+def _train(job: Job, out: Path, told: threading.Event) -> None:
+    c = job.config
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
         log.warn(
@@ -52,9 +72,8 @@ def train(c: Config) -> Path:
     start = start_step(c, checkpoints, about)
     if start == job.steps and (out / EXPORT).exists():
         log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
-        checkpoints.close()
-        return out
-    (out / CONFIG).write_text(config.dump(c))
+        return checkpoints.close()
+    log.write_whole(out / CONFIG, config.dump(c))
     with ThreadPoolExecutor(1) as pool, jax.set_mesh(job.mesh):
         compiling = pool.submit(compile_step, job)
         boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))
@@ -66,7 +85,6 @@ def train(c: Config) -> Path:
             c.train.batch_size,
             seed=c.train.seed,
             row_count=job.rows,
-            shard=(jax.process_index(), jax.process_count()),
         )
         if start:
             like = State(trainable, frozen, *job.state[2:])
@@ -82,15 +100,21 @@ def train(c: Config) -> Path:
         del trainable, frozen
         introduce(job, compiled)
         try:
-            state = _loop(job, state, compiled, batches, checkpoints, start, about)
+            state = _loop(job, state, compiled, batches, checkpoints, start, about, told)
         finally:
             checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
         export(job, state)
-    return out
 
 
 def _loop(
-    job: Job, state: State, compiled: Any, batches: Batches, checkpoints: Checkpoints, start: int, about: dict
+    job: Job,
+    state: State,
+    compiled: Any,
+    batches: Batches,
+    checkpoints: Checkpoints,
+    start: int,
+    about: dict[str, Any],
+    told: threading.Event,
 ) -> State:
     """The loop with its log, evaluations, checkpoints and signals."""
     c, held = job.config, job.data.validation
@@ -112,7 +136,7 @@ def _loop(
     def on_save(n: int, state: State) -> None:
         checkpoints.save(n, state.saved(), batches.state, about)
 
-    with _told_to_stop() as told, contextlib.closing(runlog):
+    with contextlib.closing(runlog):
         if not start:
             on_evaluate(0, state)
         hooks = Hooks(on_log, on_evaluate, on_save, told.is_set)
@@ -134,6 +158,22 @@ def _loop(
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         runlog.summary()
     return state
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the run folder: two processes would tear each other's checkpoints. The lock goes with the process.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{out}: another process is training there; wait for it or choose another output") from e
+        yield
 
 
 @contextlib.contextmanager
@@ -163,7 +203,7 @@ def export(job: Job, state: State) -> Path:
     target = Path(job.config.output) / EXPORT
     weights = blueprint.boxed(job.blueprint, tuning_method.join(state.trainable, state.frozen))
     write_export(target, job.blueprint, weights, job.config, job.data.template)
-    (target.parent / "README.md").write_text(_card(job, target))
+    log.write_whole(target.parent / "README.md", _card(job, target))
     log.say(f"exported to {target}")
     return target
 
@@ -176,7 +216,7 @@ def write_export(
         files.copy_files(b.folder, folder, files.LICENCE_FILES)
         if isinstance(c.tuning, config.Lora) and not whole:
             t = c.tuning
-            base = c.model if c.model == DEMO else os.path.abspath(c.model) if Path(c.model).is_dir() else c.model
+            base = os.path.abspath(b.folder) if c.model == DEMO or Path(c.model).is_dir() else c.model
             adapters.write(folder, weights, base, t.rank, t.alpha, t.dropout, t.rslora)
             files.copy_files(
                 b.folder, folder, [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
@@ -184,7 +224,7 @@ def write_export(
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))
-        if template and tokenizer.load(folder).chat_template is None:
+        if template and tokenizer.load(folder).chat_template != template:
             (folder / "chat_template.jinja").write_text(template)
 
 

@@ -130,7 +130,8 @@ def loop(
             shown = f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
             raise UserError(
                 f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']} on rows {shown}; the last "
-                "checkpoint is kept; lower optim.learning_rate, set optim.clip or look at these rows, then run again"
+                "checkpoint is kept; lower optim.learning_rate or optim.clip and run again, or mend these rows and "
+                "choose another output"
             )
         hooks.log(n, values, batch)
 
@@ -142,7 +143,7 @@ def loop(
         stopping = hooks.stop()
         if n == start + 1 or n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
             settle()  # the first step is told at once, and nothing is saved before its loss is known to be finite
-        if (n % every.evaluate == 0 or n == total) and not stopping:
+        if n == total or (n % every.evaluate == 0 and not stopping):
             hooks.evaluate(n, state)
         if n % every.save == 0 or n == total or stopping:
             hooks.save(n, state)

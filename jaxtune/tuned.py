@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,8 +86,13 @@ class Tuned:
 
     def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
         """The answer to a conversation, piece by piece."""
+        context = self.blueprint.decoder.rope.context
+        kept = list(messages)
+        while len(self.tokenizer(self.prompt(kept)).input_ids) + s.max_new_tokens > context and len(kept) > 2:
+            del kept[int(kept[0].role == "system")]  # the oldest turn that is not the system's
+            log.warn(f"the conversation is longer than the model's context of {context} tokens: its oldest turns go")
         with jax.set_mesh(self.mesh):
-            yield from self.generator.stream(self.prompt(messages), s)
+            yield from self.generator.stream(self.prompt(kept), s)
 
     def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
         """Loss, perplexity and token accuracy on rows."""
@@ -107,56 +112,67 @@ def open_model(
     job.use_compile_cache()
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
-        b, boxes, side = open_weights(target, adapter, dtype, on)
-    words = tokenizer.load(side)
-    return Tuned(b, unbox(boxes), words, words.chat_template, tokenizer.eos_ids(b.folder, words), on)
+        found = open_weights(target, adapter, dtype, on)
+    words = tokenizer.load(found.side)
+    template = found.template or words.chat_template
+    eos = {*tokenizer.eos_ids(found.blueprint.folder, words), *encode.turn_end(words, template)}
+    return Tuned(found.blueprint, unbox(found.weights), words, template, sorted(eos), on)
+
+
+class Opened(NamedTuple):
+    """A blueprint, its `Weight`s, the folder of the tokenizer, and the template where it is not the tokenizer's."""
+
+    blueprint: Blueprint
+    weights: Tree
+    side: Path
+    template: str | None = None
 
 
 def open_weights(
-    target: str, adapter: str | None, dtype: str | None, mesh: jax.sharding.Mesh
-) -> tuple[Blueprint, Tree, Path]:
-    """Blueprint and `Weight`s of what `target` names, and the folder of its tokenizer."""
+    target: str, adapter: str | None, dtype: str | None, mesh: jax.sharding.Mesh, base: bool = True
+) -> Opened:
+    """What `target` names; without `base`, weights that were not trained stay abstract, see `materialise`."""
     folder = Path(target)
     if adapter is None and (folder / run.CONFIG).exists():
         if (folder / run.EXPORT).exists():
-            return open_weights(str(folder / run.EXPORT), None, dtype, mesh)
-        return _from_checkpoint(folder, dtype)
+            return open_weights(str(folder / run.EXPORT), None, dtype, mesh, base)
+        return _from_checkpoint(folder, dtype, base)
     if adapter is None and (folder / adapters.CONFIG).exists():
         adapter = target
         target = adapters.Adapter(folder).base
-    base = job.model_folder(target)
-    if adapter is None:
-        b = blueprint.draw(
-            base, lambda _: tuning_method.Method(tuning_method.leave, [("", "freeze")]), mesh, dtype or "float32"
-        )
-        return b, blueprint.materialise(b, jax.random.key(0)), base
-    found = adapters.Adapter(Path(adapter))
-    method = tuning_method.Method(found.wrap, [("", "freeze")])
-    b = blueprint.draw(base, lambda _: method, mesh, dtype or "float32")
-    boxes = blueprint.materialise(b, jax.random.key(0))
-    found.check_all_used()
-    has_words = any((Path(adapter) / f).exists() for f in tokenizer.FILES)
-    return b, boxes, Path(adapter) if has_words else base
+    model = job.model_folder(target)
+    method = tuning_method.Method(tuning_method.leave, [("", tuning_method.FROZEN)])
+    read = adapters.Adapter(Path(adapter)) if adapter is not None else None
+    if read is not None:
+        method = method._replace(wrap=read.wrap, made=True)
+    b = blueprint.draw(model, lambda _: method, mesh, dtype or "float32")
+    weights = blueprint.materialise(b, jax.random.key(0), base)
+    if read is None:
+        return Opened(b, weights, model)
+    read.check_all_used()
+    has_words = any((read.folder / f).exists() for f in tokenizer.FILES)
+    return Opened(b, weights, read.folder if has_words else model)
 
 
-def _from_checkpoint(folder: Path, dtype: str | None) -> tuple[Blueprint, Tree, Path]:
-    """The newest checkpoint of a run that has no export yet."""
+def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
+    """The newest checkpoint of a run that has no export yet; the run may be going on."""
     c = config.load(folder / run.CONFIG)
     if dtype is not None:
         c = c.model_copy(update={"train": c.train.model_copy(update={"compute_dtype": dtype, "remat": "none"})})
-    started = job.prepare(c)
-    checkpoints = Checkpoints(folder / run.CHECKPOINTS, c.checkpoint.keep)
+    checkpoints = Checkpoints(folder / run.CHECKPOINTS, read_only=True)
     if (newest := checkpoints.newest) is None:
         raise UserError(
             f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it"
         )
+    started = job.prepare(c)
     restored, _ = checkpoints.restore(newest, started.state.saved())
+    template = checkpoints.about(newest).get("template")
     checkpoints.close()
-    boxes = blueprint.materialise(started.blueprint, jax.random.key(c.train.seed))
-    _, frozen = tuning_method.split(unbox(boxes), started.blueprint.labels)
+    b = started.blueprint
+    _, frozen = tuning_method.split(unbox(blueprint.materialise(b, jax.random.key(c.train.seed), base)), b.labels)
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
     weights = tuning_method.join(restored["trainable"], frozen)
-    return started.blueprint, blueprint.boxed(started.blueprint, weights), started.blueprint.folder
+    return Opened(b, blueprint.boxed(b, weights), b.folder, template)
 
 
 def write_model(source: str, target: Path, adapter: str | None = None, dtype: str | None = None) -> None:
@@ -170,11 +186,13 @@ def write_model(source: str, target: Path, adapter: str | None = None, dtype: st
         raise UserError(f"--dtype {dtype!r} is not known; allowed: {', '.join(names)}")
     mesh = sharding.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
-        b, boxes, side = open_weights(source, adapter, None, mesh)
+        b, weights, side, template = open_weights(source, adapter, None, mesh, base=False)
     with files.whole(target) as folder:
         files.copy_files(b.folder, folder, [*files.SIDE_FILES, *files.LICENCE_FILES])
         files.copy_files(side, folder, [f for f in files.SIDE_FILES if f != "config.json"])
-        files.write_folder(folder, blueprint.full_tensors(b, boxes, names[dtype] if dtype else None))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        files.write_folder(folder, blueprint.full_tensors(b, weights, names[dtype] if dtype else None))
         if dtype is not None:
             hf = blueprint.read_config(b.folder)
             hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
@@ -188,17 +206,19 @@ def predict(
 
     Returns: the number of rows. The file appears when it is complete.
     """
-    examples = formats.read(source)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file for the answers")
+    examples = formats.read(source, answers=False)
     pairs: list[tuple[str, str | None]] = []
     for e in examples:
         if isinstance(e, formats.Document):
             pairs.append(((tuned.tokenizer.bos_token or "") + e.text, None))
-        elif tuned.template is None and len(e.messages) == 2:
-            pairs.append((tuned.prompt(e.messages[:1]), e.messages[1].content))
-        elif tuned.template is None:
-            raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
-        else:
+        elif tuned.template is not None:
             pairs.append(encode.prompt_text(e, tuned.tokenizer, tuned.template))
+        elif [m.role for m in e.messages] in (["user"], ["user", "assistant"]):
+            pairs.append((tuned.prompt(e.messages[:1]), e.messages[1].content if len(e.messages) > 1 else None))
+        else:
+            raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

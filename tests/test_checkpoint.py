@@ -78,6 +78,11 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     c = Checkpoints(tmp_path)
     c.save(1, state(1), {}, ABOUT)
     c.wait()
+    for f in (tmp_path / "1" / "about").rglob("*"):
+        if f.is_file():
+            f.unlink()
+    with pytest.raises(UserError, match="1: cannot be restored"):
+        c.about(1)
     for f in (tmp_path / "1" / "state").rglob("*"):
         if f.is_file():
             f.write_bytes(b"")
@@ -107,3 +112,19 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path, m
     assert c.newest == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
     c.close()
+
+
+def test_looking_does_not_touch_what_another_process_is_saving(tmp_path):
+    c = Checkpoints(tmp_path)
+    c.save(1, state(1), {}, ABOUT)
+    c.wait()
+    c.close()
+    half = tmp_path / "2.orbax-checkpoint-tmp"
+    half.mkdir()
+    looking = Checkpoints(tmp_path, read_only=True)
+    assert looking.newest == 1
+    assert looking.about(1) == ABOUT
+    looking.close()
+    assert half.exists()
+    Checkpoints(tmp_path).close()
+    assert not half.exists()

@@ -10,7 +10,7 @@ import pytest
 
 import jaxtune
 from jaxtune import cli
-from tests.tiny import write_tiny
+from tests.tiny import write_jsonl, write_tiny
 
 QUICK = ["train.steps=4", "train.batch_size=4", "data.max_length=32", "train.compute_dtype=float32", "train.remat=none"]
 
@@ -204,3 +204,49 @@ def test_a_run_of_relative_paths_opens_from_elsewhere_without_its_export(chatty,
     finished = jaxtune.load(tmp_path / "r").answer("1 + 1 =", max_new_tokens=4)
     shutil.rmtree(tmp_path / "r" / "export")
     assert jaxtune.load(tmp_path / "r").answer("1 + 1 =", max_new_tokens=4) == finished
+
+
+def test_the_template_that_was_trained_with_goes_along(chatty, sums_file, tmp_path):
+    import shutil
+
+    from jaxtune.data.templates import TEMPLATES
+
+    call("train", f"model={chatty}", f"data.train={sums_file}", "data.template=roles", f"output={tmp_path}/r", *QUICK)
+    exported = jaxtune.load(tmp_path / "r")
+    assert exported.template == TEMPLATES["roles"]
+    shutil.rmtree(tmp_path / "r" / "export")
+    assert jaxtune.load(tmp_path / "r").template == TEMPLATES["roles"]
+    call("merge", tmp_path / "r", tmp_path / "merged")
+    assert jaxtune.load(tmp_path / "merged").template == TEMPLATES["roles"]
+
+
+def test_prompts_need_no_answers(done, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "p.jsonl", [{"question": "1 + 1 ="}, {"question": "2 + 2 ="}])
+    call("predict", done, file, "columns={prompt: question}", "--out", tmp_path / "a.jsonl", "--max-new-tokens", 3)
+    rows = [json.loads(x) for x in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [set(r) for r in rows] == [{"prompt", "prediction", "finish"}] * 2
+    call("predict", done, file, "columns={prompt: question}", "--out", tmp_path, code=2)
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_validate_takes_the_mesh_of_another_machine(chatty, sums_file, tmp_path):
+    args = [
+        f"model={chatty}",
+        f"data.train={sums_file}",
+        f"output={tmp_path}/r",
+        *QUICK,
+        "mesh.fsdp=4",
+        "mesh.tensor=2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtune", "validate", *args], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("valid")
+
+
+def test_a_long_chat_forgets_its_oldest_turns(done, monkeypatch, capsys):
+    lines = iter(["1 + 1 = " * 8, "2 + 2 = " * 8, "3 + 3 = " * 8, "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    call("chat", done, "--max-new-tokens", 4, "--temperature", 0)
+    assert "its oldest turns go" in capsys.readouterr().err

@@ -114,3 +114,16 @@ def test_a_dump_names_every_key():
 
 def test_nested_keys_take_paths():
     assert config.nested({"data.train": Path("/a/b.jsonl")}) == {"data": {"train": "/a/b.jsonl"}}
+
+
+def test_home_and_the_method_that_goes_without_saying(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    c = load(tmp_path, "model: ~/m\ndata: {train: ~/x.jsonl}\ntuning: {rank: 4}")
+    assert (c.model, c.data.train, c.tuning.rank) == ("/home/someone/m", "/home/someone/x.jsonl", 4)
+    assert load(tmp_path, "tuning: {rank: 4}", "tuning.method=full").tuning == config.Full(method="full")
+
+
+@pytest.mark.parametrize("text", ["train: {epochs: .inf}", "data: {validation: .nan}", "train: {seed: 99999999999999}"])
+def test_numbers_that_are_none_are_refused(tmp_path, text):
+    with pytest.raises(UserError):
+        load(tmp_path, text)

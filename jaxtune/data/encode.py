@@ -10,8 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.formats import Conversation, Document, Example
+from jaxtune.data.formats import Conversation, Document, Example, Message
 from jaxtune.errors import UserError
+
+# What templates take for today: a day that moved would make other data of the same file, and a run could not go on.
+_PARTS = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%H": "12", "%M": "00", "%S": "00"}
+_DATED = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('{k}', '{v}')" for k, v in _PARTS.items())
+    + " }}{%- endmacro -%}"
+)
 
 
 class Encoded(NamedTuple):
@@ -75,6 +83,19 @@ def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> tu
     return _apply(tokenizer, template, messages, conversation.origin, prompt=True), answer
 
 
+def turn_end(tokenizer: Any, template: str | None) -> list[int]:
+    """The token with which a template ends the assistant's turn, if it is a single special one; else nothing."""
+    if template is None:
+        return []
+    messages = (Message("user", "a"), Message("assistant", "b"))
+    try:
+        text, [(start, stop)] = render(Conversation(messages, "messages", "the template"), tokenizer, template, "last")
+    except UserError:  # it wants other turns than these
+        return []
+    ids = tokenizer(text[start:stop].rpartition("b")[2], add_special_tokens=False).input_ids
+    return ids if len(ids) == 1 and ids[0] in {*tokenizer.added_tokens_decoder} else []
+
+
 def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, prompt: bool = False) -> str:
     import jinja2
 
@@ -82,7 +103,10 @@ def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, pro
         return ""
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            messages,
+            chat_template=_DATED + template if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except jinja2.TemplateError as e:
         raise UserError(f"{origin}: the chat template refuses the conversation: {e}") from e

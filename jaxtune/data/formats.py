@@ -37,8 +37,11 @@ class Document(NamedTuple):
 Example = Conversation | Document
 
 
-def read(source: Source) -> list[Example]:
-    """All examples of a file.
+ANSWERS = ("completion", "output")  # columns that a file of prompts may lack
+
+
+def read(source: Source, answers: bool = True) -> list[Example]:
+    """All examples of a file; without `answers` a row may be a prompt alone.
 
     Raises:
       UserError: the file is missing, empty or cut short, or a row lacks a column; with file and line.
@@ -47,8 +50,11 @@ def read(source: Source) -> list[Example]:
     rows = list(_limited(_rows(path), source.max_samples))
     if not rows:
         raise UserError(f"{path}: holds no rows; a JSONL or CSV file with at least one was expected")
-    kind = source.format if source.format != "auto" else detect(_renamed(rows[0][1], source.columns), f"{path}:1")
+    kind = (
+        source.format if source.format != "auto" else detect(_renamed(rows[0][1], source.columns), f"{path}:1", answers)
+    )
     build, required = FORMATS[kind]
+    required = required if answers else tuple(c for c in required if c not in ANSWERS)
     examples = []
     for line, raw in rows:
         origin, row = f"{path}:{line}", _renamed(raw, source.columns)
@@ -63,14 +69,14 @@ def read(source: Source) -> list[Example]:
     return examples
 
 
-def detect(row: Mapping[str, Any], origin: str) -> str:
+def detect(row: Mapping[str, Any], origin: str, answers: bool = True) -> str:
     """The format whose columns a row has.
 
     >>> detect({"instruction": "Add.", "output": "3"}, "a.jsonl:1")
     'alpaca'
     """
     for kind, (_, required) in FORMATS.items():
-        if all(c in row for c in required):
+        if all(c in row for c in required if answers or c not in ANSWERS):
             return kind
     raise UserError(
         f"{origin}: columns {', '.join(map(repr, row))} fit no format; wanted messages, prompt and completion, "
@@ -122,6 +128,7 @@ def _jsonl(f: Any, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv(f: Any, path: Path) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(f, strict=True)
     try:
         for row in reader:
@@ -162,17 +169,25 @@ def _messages(row: Mapping[str, Any], origin: str) -> Conversation:
 
 def _prompt_completion(row: Mapping[str, Any], origin: str) -> Conversation:
     """`{"prompt": "2 + 2 =", "completion": " 4"}`"""
-    prompt, completion = (_text(row[c], c, origin) for c in ("prompt", "completion"))
-    return Conversation((Message("user", prompt), Message("assistant", completion)), "prompt_completion", origin)
+    return _asked(
+        _text(row["prompt"], "prompt", origin), row.get("completion"), "completion", "prompt_completion", origin
+    )
+
+
+def _asked(
+    prompt: str, answer: Any, column: str, kind: str, origin: str, system: tuple[Message, ...] = ()
+) -> Conversation:
+    answered = () if answer is None else (Message("assistant", _text(answer, column, origin)),)
+    return Conversation((*system, Message("user", prompt), *answered), kind, origin)
 
 
 def _alpaca(row: Mapping[str, Any], origin: str) -> Conversation:
     """`{"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"}`; `input` may be empty or left out"""
-    instruction, output = (_text(row[c], c, origin) for c in ("instruction", "output"))
+    instruction = _text(row["instruction"], "instruction", origin)
     more = _text(row.get("input") or "", "input", origin)
-    user = Message("user", f"{instruction}\n\n{more}" if more else instruction)
+    prompt = f"{instruction}\n\n{more}" if more else instruction
     system = (Message("system", _text(row["system"], "system", origin)),) if row.get("system") else ()
-    return Conversation((*system, user, Message("assistant", output)), "alpaca", origin)
+    return _asked(prompt, row.get("output"), "output", "alpaca", origin, system)
 
 
 def _document(row: Mapping[str, Any], origin: str) -> Document:

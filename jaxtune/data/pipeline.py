@@ -1,4 +1,4 @@
-"""Examples to batches, in an order that is a function of the seed alone: shuffled anew in each pass, sharded by host.
+"""Examples to batches, in an order that is a function of the seed alone: shuffled anew in each pass.
 
 Rows are packed once, so their number, and with it the number of steps, is known before training; where the iterator
 stands is one small JSON state (Grain's), and nothing is replayed or left over on resume.
@@ -176,15 +176,12 @@ def extent(n_rows: int, batch_size: int, epochs: float, steps: int | None) -> tu
 class Batches:
     """The training batches in order, endless where `row_count` is None; `state` goes into a checkpoint and back."""
 
-    def __init__(
-        self, rows: Rows, batch_size: int, *, seed: int | None, row_count: int | None, shard: tuple[int, int] = (0, 1)
-    ) -> None:
+    def __init__(self, rows: Rows, batch_size: int, *, seed: int | None, row_count: int | None) -> None:
         """Args:
         rows: the packed rows.
-        batch_size: rows of a batch over all hosts.
+        batch_size: rows of a batch.
         seed: of the shuffle; None keeps the order.
         row_count: stop after so many rows; the last batch is filled up with empty ones.
-        shard: this host, and how many there are; each takes its share of every batch.
         """
         import grain
 
@@ -196,9 +193,8 @@ class Batches:
             ds = ds.repeat(passes)
         if row_count is not None:
             ds = ds[:row_count]
-        host, hosts = shard
-        ds = ds[host::hosts].map(lambda i: (rows.lay_out(i), i))
-        ds = ds.batch(batch_size // hosts, drop_remainder=False, batch_fn=_collate(rows, batch_size // hosts))
+        ds = ds.map(lambda i: (rows.lay_out(i), i))
+        ds = ds.batch(batch_size, drop_remainder=False, batch_fn=_collate(rows, batch_size))
         self._it = iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,6 +1,6 @@
 """Chat templates, all of them Jinja as Hugging Face writes it: the tokenizer's own first, else one that suits the data.
 
-What is chosen here is saved beside the tuned model, so that it is prompted as it was trained. Hugging Face's Jinja
+What is chosen here is exported with the tuned model, so that it is prompted as it was trained. Hugging Face's Jinja
 drops a newline that follows a block, hence `{{ '\\n' }}` there.
 """
 

@@ -81,9 +81,11 @@ class Adapter:
             self.config: Mapping[str, Any] = json.loads((folder / CONFIG).read_text())
         except FileNotFoundError as e:
             raise UserError(f"{folder}: has no {CONFIG}; is this a PEFT adapter folder?") from e
-        except json.JSONDecodeError as e:
+        except ValueError as e:
             raise UserError(f"{folder / CONFIG}: not JSON ({e}); copy or download it again") from e
         c = self.config
+        if not isinstance(c, dict) or not {"r", "lora_alpha"} <= set(c):
+            raise UserError(f"{folder / CONFIG}: 'r' and 'lora_alpha' were expected; is this a PEFT adapter folder?")
         if c.get("peft_type") != "LORA":
             raise UserError(f"{folder}: peft_type {c.get('peft_type')!r} is not read; allowed: LORA")
         for key in _REFUSED:

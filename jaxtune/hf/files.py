@@ -81,6 +81,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: no such file; is the folder whole?") from e
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise UserError(f"{file}: the safetensors header is damaged ({e}); {remedy}") from e
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: the safetensors header is damaged (no mapping); {remedy}")
     tensors = {}
     for name, info in header.items():
         if name == "__metadata__":
@@ -104,7 +106,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if (index := folder / _INDEX).exists():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as e:
+            if not all(isinstance(x, str) for pair in weight_map.items() for x in pair):
+                raise TypeError("weight_map should map names to files")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{index}: the index is damaged ({e!r}); copy or download the file again") from e
         tensors: dict[str, Tensor] = {}
         for shard in sorted(set(weight_map.values())):
@@ -272,18 +276,21 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
-        raise UserError(f"{folder}: cannot write ({e.strerror or e}); nothing was left there") from e
+        raise UserError(f"{folder}: cannot write ({e.strerror or e}); what was there before is kept") from e
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -58,7 +58,7 @@ class _Statistics(NamedTuple):
     """Of one chunk's logits, all `[B, c]`."""
 
     loss_Bc: Array  # -log p(target)
-    hit_Bc: Array  # whether the target has the highest logit
+    hit_Bc: Array  # whether the target is the first guess; of equal logits the first, as torch has it
     lse_Bc: Array
 
 
@@ -66,7 +66,7 @@ def _statistics(logits_BcV: Array, target_Bc: Array) -> _Statistics:
     top_Bc = logits_BcV.max(-1)
     lse_Bc = top_Bc + jnp.log(jnp.exp(logits_BcV - top_Bc[..., None]).sum(-1))
     right_Bc = jnp.take_along_axis(logits_BcV, target_Bc[..., None], -1)[..., 0]
-    return _Statistics(lse_Bc - right_Bc, right_Bc >= top_Bc, lse_Bc)
+    return _Statistics(lse_Bc - right_Bc, logits_BcV.argmax(-1) == target_Bc, lse_Bc)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

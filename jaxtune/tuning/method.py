@@ -31,11 +31,14 @@ class Method(NamedTuple):
     """A tuning method.
 
     `wrap` takes a weight's plain name, the `Weight` and a key, and gives the weight or a node of `Weight`s.
+    `updates` shapes what the optimiser gives. `made` says that the nodes' own values are there already (an adapter
+    that was read), so that nothing is compiled to make them.
     """
 
     wrap: Wrap
     rules: Sequence[tuple[str, str]]
     updates: optax.GradientTransformation = optax.identity()
+    made: bool = False
 
 
 def wrap(method: Method, weights: Tree, key: Array) -> Tree:

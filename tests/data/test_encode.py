@@ -130,3 +130,15 @@ def test_tokens_that_straddle_the_border_are_trained(words):
     )
     covered = words.decode(np.array(e.ids)[e.mask].tolist())
     assert covered.endswith("ox</s>")
+
+
+def test_the_token_that_ends_a_turn(assets, words):
+    qwen = tokenizer.load(assets / "tokenizers" / "qwen2.5")
+    assert qwen.convert_ids_to_tokens(encode.turn_end(qwen, qwen.chat_template)) == ["<|im_end|>"]
+    assert encode.turn_end(words, TEMPLATES["plain"]) == [words.eos_token_id]
+    assert encode.turn_end(words, TEMPLATES["chatml"]) == []  # several tokens here
+
+
+def test_today_does_not_change_the_data(words):
+    dated = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    assert words.decode(encode.encode(CHAT, words, dated, "all").ids.tolist()).startswith("2024-07-26")

@@ -50,13 +50,6 @@ def test_the_state_resumes_exactly():
     assert head + seen(second) == whole
 
 
-def test_hosts_share_a_batch_without_overlap():
-    whole = seen(Batches(rows(16), 4, seed=0, row_count=16))
-    parts = [seen(Batches(rows(16), 4, seed=0, row_count=16, shard=(i, 2))) for i in range(2)]
-    for b, (x, y) in zip(whole, zip(*parts, strict=True), strict=True):
-        assert sorted(b) == sorted(x + y)
-
-
 def test_fill_up_rows_are_empty():
     last = list(Batches(rows(5), 4, seed=None, row_count=5))[-1]
     assert last.rows.tolist() == [4, -1, -1, -1]

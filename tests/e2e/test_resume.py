@@ -84,8 +84,8 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tiny, sums_file, tm
     run.train(c)
     assert "finished already at step 6" in capsys.readouterr().out
     assert weights(tmp_path / "r") == before
-    with pytest.raises(UserError, match=r"the run there differs in .*optim.learning_rate \(0.01 there, 0.5 now\)"):
-        run.train(make_config(tiny, sums_file, tmp_path / "r", tuning=LORA, optim__learning_rate=0.5))
+    with pytest.raises(UserError, match=r"the run there differs in .*optim.name \(adamw there, lion now\)"):
+        run.train(make_config(tiny, sums_file, tmp_path / "r", tuning=LORA, optim__name="lion"))
     with pytest.raises(UserError, match="checkpoint.resume=never"):
         run.train(make_config(tiny, sums_file, tmp_path / "r", tuning=LORA, checkpoint__resume="never"))
 
@@ -105,3 +105,15 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tiny, sums_file, tm
 def test_interrupted_is_no_error():
     assert not issubclass(Interrupted, UserError)
     assert run.Interrupted is Interrupted
+
+
+def test_a_folder_is_one_process_own(tiny, sums_file, tmp_path):
+    import fcntl
+
+    c = make_config(tiny, sums_file, tmp_path / "r", tuning=LORA)
+    (tmp_path / "r").mkdir()
+    with (tmp_path / "r" / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            run.train(c)
+    assert run.train(c) == tmp_path / "r"

@@ -109,3 +109,13 @@ def test_hits_and_pretraining():
     assert (float(count), float(metrics["hits"])) == (1, 0)
     _, count, metrics = pretrain.objective(outputs, batch)
     assert (float(count), float(metrics["hits"])) == (3, 2)
+
+
+def test_ties_are_no_hits():
+    hidden, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 5))
+    outputs, target = Outputs(hidden, w, "btd,dv->btv"), jnp.array([[0, 1, 2, 3]])
+    assert float(base.cross_entropy(outputs, target, jnp.ones((1, 4)))[1]) == 1
+    _, hits = jax.value_and_grad(
+        lambda h: base.cross_entropy(Outputs(h, w, "btd,dv->btv"), target, jnp.ones((1, 4))), has_aux=True
+    )(hidden)[0]
+    assert float(hits) == 1
