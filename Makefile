@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: quickstart test lint clean
 
 quickstart: .venv/installed
-	$(BIN)/jaxtune train configs/quickstart.yaml
+	$(BIN)/jaxtune train configs/quickstart.yaml output=runs/quickstart
 	printf 'Where does the heron live?\nWhat does the toad eat?\n' | $(BIN)/jaxtune chat runs/quickstart --temperature 0
 	@echo "plot: runs/quickstart/loss.png   tuned adapter: runs/quickstart/export"
 
