@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 quickstart: .venv/installed
 	$(BIN)/jaxtune train configs/quickstart.yaml output=runs/quickstart
-	printf 'Where does the heron live?\nWhat does the toad eat?\n' | $(BIN)/jaxtune chat runs/quickstart --temperature 0
+	printf 'Where does the heron live?\n/reset\nWhere does the toad live?\n' | $(BIN)/jaxtune chat runs/quickstart --temperature 0
 	@echo "plot: runs/quickstart/loss.png   tuned adapter: runs/quickstart/export"
 
 test: .venv/installed-test

@@ -87,8 +87,8 @@ class Tuned:
     def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
         """The answer to a conversation, piece by piece."""
         context = self.blueprint.decoder.rope.context
-        kept = list(messages)
-        while len(self.tokenizer(self.prompt(kept)).input_ids) + s.max_new_tokens > context and len(kept) > 2:
+        room, kept = context - min(s.max_new_tokens, context // 4), list(messages)
+        while len(self.tokenizer(self.prompt(kept)).input_ids) > room and len(kept) > 2:
             del kept[int(kept[0].role == "system")]  # the oldest turn that is not the system's
             log.warn(f"the conversation is longer than the model's context of {context} tokens: its oldest turns go")
         with jax.set_mesh(self.mesh):
