@@ -260,7 +260,7 @@ def held(tree: Tree) -> int:
 
 
 def check_disk(job: Job) -> tuple[int, int]:
-    """Bytes that the run's checkpoints and export need, and bytes that are free where they go.
+    """Bytes that the run's checkpoints and export need, and bytes that are there for them: free, or the run's already.
 
     Raises:
       UserError: they do not fit.
@@ -271,6 +271,7 @@ def check_disk(job: Job) -> tuple[int, int]:
     need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Lora) else whole)
     out = Path(c.output).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    free += sum(f.stat().st_size for part in ("checkpoints", "export") for f in (out / part).rglob("*") if f.is_file())
     if need > free:
         raise UserError(
             f"{out}: {c.checkpoint.keep + 1} checkpoints and the export need {log.size(need)}, {log.size(free)} are "

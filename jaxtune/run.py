@@ -87,8 +87,8 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
             row_count=job.rows,
         )
         if start:
-            like = State(trainable, frozen, *job.state[2:])
-            restored, position = checkpoints.restore(start, like._replace(trainable=job.state.trainable).saved())
+            del trainable  # not two at once
+            restored, position = checkpoints.restore(start, job.state.saved())
             state, batches.state = State(frozen=frozen, **restored), position
             log.say(f"{out}: goes on after step {start}")
         else:
@@ -97,7 +97,8 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
             key = jax.random.key_data(jax.random.key(c.train.seed + 1))
             zero, key = jax.device_put((jnp.int32(0), key), sharding.replicated(job.mesh))
             state = State(trainable, frozen, optimiser, zero, key)
-        del trainable, frozen
+            del trainable
+        del frozen
         introduce(job, compiled)
         try:
             state = _loop(job, state, compiled, batches, checkpoints, start, about, told)
