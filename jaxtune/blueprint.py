@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ import numpy as np
 
 from jaxtune import log, sharding
 from jaxtune.errors import UserError
-from jaxtune.hf import files, layout
-from jaxtune.layers import is_weight, plain_names
+from jaxtune.hf import files, layout, load
+from jaxtune.hf.adapters import Adapter
+from jaxtune.layers import Weight, is_weight
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.tuning import method as tuning
@@ -23,7 +24,6 @@ from jaxtune.tuning.method import FROZEN, Method
 from jaxtune.weights import densify, is_node, path_name
 
 Tree = Any
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Blueprint(NamedTuple):
@@ -35,7 +35,9 @@ class Blueprint(NamedTuple):
     weights: Tree  # abstract values, wrapped, in the dtypes that they are held in
     labels: Tree
     shardings: Tree
-    tensors: dict[str, list[files.Tensor]]  # by path, one per layer
+    tensors: dict[str, list[load.Stored]]  # by path, see `layout.places`
+    names: Collection[str]  # of the folder's tensors
+    stored_vocab: int  # tokens of the folder's model
 
     @property
     def model(self) -> Decoder:
@@ -58,13 +60,28 @@ def draw(
     mesh: jax.sharding.Mesh,
     compute_dtype: str,
     remat: str = "none",
+    adapter: Adapter | None = None,
+    vocab: int | None = None,
+    multiple: int = 1,
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
+
+    Args:
+      folder: in Hugging Face format, or a cache of one.
+      make_method: the tuning method for a decoder.
+      mesh: over which weights are split.
+      compute_dtype: of activations and frozen weights.
+      remat: see `layers.stack`.
+      adapter: whose whole tensors stand in for the folder's.
+      vocab: how many tokens the model shall have, where that is more than the folder's.
+      multiple: the table is padded to a multiple of this.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
     """
     decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
+    stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
+    decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=-(-vocab // multiple) * multiple)
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
     groups = tuning.groups(method, one_group, decoder.layers)
@@ -73,8 +90,13 @@ def draw(
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
     weights = tuning.cast(wrapped, labels, compute_dtype)
-    tensors = files.match(files.read_folder(folder), plain, decoder.tied, str(folder))
-    return Blueprint(folder, decoder, method, weights, labels, sharding.shardings(weights, mesh, log.warn), tensors)
+    stored: Mapping[str, load.Stored] = files.read_folder(folder)
+    names = set(stored)
+    if adapter is not None:
+        stored = adapter.replace(stored, decoder.family)
+    tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
+    where = sharding.shardings(weights, mesh, log.warn)
+    return Blueprint(folder, decoder, method, weights, labels, where, tensors, names, stored_vocab)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -97,7 +119,7 @@ def materialise(b: Blueprint, key: jax.Array, base: bool = True) -> Tree:
     """
     plain = tuning.strip(b.weights)
     if base:
-        plain = files.load(b.tensors, plain, tuning.strip(b.shardings))
+        plain = load.load(b.tensors, plain, tuning.strip(b.shardings), b.decoder.family)
     leaves, tree = jax.tree_util.tree_flatten_with_path(b.weights, is_leaf=is_weight)
     places = dict(zip((p for p, _ in leaves), jax.tree.leaves(b.shardings), strict=True))
 
@@ -123,43 +145,60 @@ def boxed(b: Blueprint, arrays: Tree) -> Tree:
     return jax.tree.map(lambda w, x: w.like(x), b.weights, arrays, is_leaf=is_weight)
 
 
-def full_tensors(b: Blueprint, weights: Tree, dtype: np.dtype | None = None) -> dict[str, files.Entry]:
+def full_tensors(
+    b: Blueprint, weights: Tree, dtype: np.dtype | None = None, only_whole: bool = False
+) -> dict[str, files.Entry]:
     """The model's tensors under their Hugging Face names: nodes merged, a layer at a time, in the base's own dtypes.
 
     What was not trained is read from the base again, so it comes out bit by bit as it went in, whatever the compute
-    dtype was.
+    dtype was. With `only_whole` those that trained without a node or grew: what an adapter has to bring along.
     """
     out: dict[str, files.Entry] = {}
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
     labels = {path_name(p): found for p, found in jax.tree_util.tree_leaves_with_path(b.labels)}
     for path, w in leaves:
         name = path_name(path)
+        base = tuning.strip(w)
         trained = not is_node(w) and labels[name] != FROZEN
-        for i, (plain, tensor) in enumerate(zip(plain_names(name), b.tensors[name], strict=True)):
+        names = layout.hf_names(name, base, b.decoder.family)
+        table = "vocab" in base.names
+        if only_whole and not trained and not (table and b.decoder.vocab > b.stored_vocab):
+            continue
+        for hf_name, at, tensor in zip(names, layout.places(base), b.tensors[name], strict=True):
             wanted = tensor.dtype if dtype is None else dtype
 
-            def data(
-                w: Any = w, i: int = i, t: files.Tensor = tensor, trained: bool = trained, to: Any = wanted
-            ) -> Any:
-                if is_node(w):
-                    return _merged(w, i, t).astype(to)
-                if trained:
-                    return layout.to_hf(np.asarray(w.value[i] if w.stacked else w.value), w).astype(to)
-                return t.open().astype(to, copy=False)
+            rows = b.decoder.vocab if table else tensor.shape[0]  # without padding
 
-            out[layout.hf_name(plain)] = files.Entry(tensor.shape, wanted, data)
-    stored = files.read_folder(b.folder)
-    if b.decoder.tied and _HEAD in stored:  # under the name, or names, that the base has
-        out[_HEAD] = out[_EMBED]
-        if _EMBED not in stored:
-            del out[_EMBED]
+            def data(w: Any = w, at: Any = at, t: load.Stored = tensor, trained: bool = trained) -> np.ndarray:
+                if is_node(w):
+                    return _merged(w, at, t)
+                return layout.to_hf(np.asarray(layout.pick(w, at)), w) if trained else t.open()
+
+            def final(data: Callable[[], np.ndarray] = data, to: np.dtype = wanted, n: int = rows) -> np.ndarray:
+                return data()[:n].astype(to, copy=False)
+
+            out[hf_name] = files.Entry((rows, *tensor.shape[1:]), wanted, final)
+    if b.decoder.tied and layout.HEAD in b.names and layout.EMBED in out:  # under the name, or names, that the base has
+        out[layout.HEAD] = out[layout.EMBED]
+        if layout.EMBED not in b.names:
+            del out[layout.EMBED]
     return out
 
 
-def _merged(node: Any, i: int, tensor: files.Tensor) -> np.ndarray:
-    """One layer of a node as a dense tensor, on the base's tensor in full precision."""
-    base = tuning.strip(node)
+def patch_config(folder: Path, b: Blueprint, dtype: str | None = None) -> None:
+    """Change in a copied config.json what is no longer so: the number of tokens, the dtype. Else it stays as it is."""
+    hf = read_config(folder)
+    changed: dict[str, Any] = {"vocab_size": b.decoder.vocab} if b.decoder.vocab != hf["vocab_size"] else {}
+    if dtype is not None:
+        changed["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    if changed.items() - hf.items():
+        (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
+
+
+def _merged(node: Any, at: dict[str, int], tensor: load.Stored) -> np.ndarray:
+    """One tensor of a node, dense, on the base's tensor in full precision."""
+    base: Weight = tuning.strip(node)
     own = dataclasses.replace(node, base=None)
-    one = jax.tree.map(lambda w: w.value[i] if w.stacked else w.value, own, is_leaf=is_weight)
+    one = jax.tree.map(lambda w: layout.pick(w, at), own, is_leaf=is_weight)
     dense = densify(dataclasses.replace(one, base=jax.numpy.asarray(layout.from_hf(tensor.open(), base))))
     return layout.to_hf(np.asarray(dense), base)

@@ -92,7 +92,7 @@ def evaluate(
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, _dtype(dtype))
-    context = model.blueprint.decoder.rope.context
+    context = model.blueprint.decoder.context
     own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
     base = {"data": {"max_length": min(1024, context), **own}}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})

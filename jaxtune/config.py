@@ -106,7 +106,12 @@ class Lora(_Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the adapters' inputs that is dropped in training."""
     targets: str | list[str] = "all-linear"
-    """"all-linear", or regexes on names like layers/3/self_attn/q_proj."""
+    """"all-linear" (every matrix of the layers, experts among them), or regexes on names like
+    layers/3/self_attn/q_proj."""
+    train: list[str] = []
+    """Patterns on parameter names that train whole beside the adapters; "head" and "embeddings" are known by name."""
+    adapter: str | None = None
+    """A PEFT adapter to go on from; its ranks, alphas, targets and whole modules hold instead of the keys here."""
     rslora: bool = False
     """Scale by alpha / √r instead (Kalajdzievski, 2023)."""
 
@@ -164,6 +169,22 @@ class Train(_Strict):
     """Of adapters, dropout, the shuffle and the split."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
+    router_loss: float | None = Field(None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts; where not given, the model's own
+    router_aux_loss_coef if its config sets output_router_logits, else 0."""
+
+
+class Vocabulary(_Strict):
+    """Tokens beyond those that the model has."""
+
+    add: list[str] = []
+    """Tokens to add to the tokenizer. Their embeddings start as the mean of the others."""
+    special: list[str] = []
+    """The same as special tokens, which decoding may skip."""
+    grow: bool = False
+    """Grow the embedding table where the tokenizer is larger than it."""
+    multiple: int = Field(1, ge=1)
+    """Pad the table to a multiple of this, so that it divides over devices. Padding is never likely nor exported."""
 
 
 class Evaluate(_Strict):
@@ -193,12 +214,14 @@ class Mesh(_Strict):
     """Split the batch; weights are copied."""
     fsdp: int = -1
     """Split the batch and the weights."""
+    expert: int = 1
+    """Split the batch, and the experts of a mixture."""
     tensor: int = 1
     """Split heads, MLP and vocabulary."""
 
     @model_validator(mode="after")
     def _sizes(self) -> "Mesh":
-        sizes = self.data, self.fsdp, self.tensor
+        sizes = self.data, self.fsdp, self.expert, self.tensor
         if any(n == 0 or n < -1 for n in sizes):
             raise ValueError("each axis is a positive number of devices, or -1 for all that are left")
         if sizes.count(-1) > 1:
@@ -214,6 +237,7 @@ class Config(_Strict):
     output: str = "runs/run"
     """The run folder."""
     data: Data = Data()
+    vocabulary: Vocabulary = Vocabulary()
     objective: Literal["sft", "pretrain"] = "sft"
     """Next-token loss on the answers ("sft") or on all text ("pretrain")."""
     tuning: Tuning = Lora()
@@ -389,6 +413,8 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         tree["model"] = joined(tree["model"], must=False)
     if "output" in tree:
         tree["output"] = joined(tree["output"])
+    if isinstance(tuning := tree.get("tuning"), dict) and "adapter" in tuning:
+        tree["tuning"] = {**tuning, "adapter": joined(tuning["adapter"])}
     return tree
 
 

@@ -88,7 +88,7 @@ def _prefill(model: Decoder, weights: Any, ids_BT: Array, segment_BT: Array, siz
     groups = {name: int(w["input_layernorm"]["weight"].shape[0]) for name, w in weights.items() if "layers_" in name}
     position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
     outputs, cache = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, Cache.empty(groups, c, B, size))
-    seen_BV = jnp.zeros((B, c.vocab), bool).at[jnp.arange(B)[:, None], ids_BT].max(segment_BT > 0)
+    seen_BV = jnp.zeros((B, c.rows), bool).at[jnp.arange(B)[:, None], ids_BT].max(segment_BT > 0)
     logits_BV = outputs.logits(outputs.hidden_BTD[:, -1:])[:, 0]
     return _Decoding(cache, logits_BV, position_BT[:, -1] + 1, seen_BV, jnp.zeros(B, bool), key_B)
 

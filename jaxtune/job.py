@@ -25,9 +25,9 @@ from jaxtune import blueprint, config, log, optim, sharding, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
-from jaxtune.data.pipeline import Batch, Prepared, Rows
+from jaxtune.data.pipeline import Batch, Prepared
 from jaxtune.errors import UserError
-from jaxtune.hf import files, tokenizer
+from jaxtune.hf import adapters, files, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models import families
 from jaxtune.objectives import OBJECTIVES
@@ -135,16 +135,22 @@ def prepare(c: Config) -> Job:
       UserError: something of the config, the files or the data does not fit.
     """
     folder = model_folder(c.model)
-    families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # the most likely mistakes first
+    decoder = families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # likely mistakes first
     words = tokenizer.load(folder)
+    vocab = vocabulary(c.vocabulary, words, decoder.vocab, str(folder))
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
     mesh = sharding.make_mesh(c.mesh)
-    b = blueprint.draw(folder, lambda d: tuning.make(c.tuning, d), mesh, c.train.compute_dtype, c.train.remat)
-    for rows in (data.train, data.validation):
-        if rows is not None:
-            check_vocabulary(rows, b.decoder.vocab)
-    if c.data.max_length > b.decoder.rope.context and b.decoder.rope.kind == "default":
-        log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.rope.context}")
+    read = adapters.Adapter(Path(c.tuning.adapter)) if isinstance(c.tuning, config.Lora) and c.tuning.adapter else None
+    b = blueprint.draw(
+        folder, lambda d: _method(c.tuning, read, d), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
+        c.vocabulary.multiple,
+    )  # fmt: skip
+    if read is not None:
+        read.check_all_used()
+    if b.decoder.vocab > decoder.vocab and not _tables_train(b):
+        log.warn("vocabulary: the new tokens' embeddings do not train; tuning.train=[embeddings, head] would let them")
+    if c.data.max_length > b.decoder.context:
+        log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     tx = optax.chain(optim.make(c.optim, steps), b.method.updates)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
@@ -161,12 +167,40 @@ def prepare(c: Config) -> Job:
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
 
 
-def check_vocabulary(rows: Rows, vocab: int) -> None:
-    """Raises: UserError: the tokenizer gives ids that the model has no embedding for."""
-    if (largest := max(int(e.ids.max()) for e in rows.examples)) >= vocab:
+def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:
+    """Add the config's tokens to the tokenizer; how many tokens the model then has, of `rows` before.
+
+    Raises:
+      UserError: the tokenizer is larger than the model's table, which is not to grow.
+    """
+    tokenizer.add(words, c.add, c.special)
+    wanted = tokenizer.size(words)
+    if wanted > rows and not (c.grow or c.add or c.special):
         raise UserError(
-            f"the tokenizer gives id {largest}, the model has {vocab} embeddings; they do not belong together"
+            f"{place}: the tokenizer has {wanted} tokens, the model {rows} embeddings; take the tokenizer that belongs "
+            "to the model, or set vocabulary.grow=true"
         )
+    return max(rows, wanted)
+
+
+def _tables_train(b: Blueprint) -> bool:
+    return all(found != tuning_method.FROZEN for found in jax.tree.leaves(b.labels["embed_tokens"]))
+
+
+def _method(tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any) -> tuning_method.Method:
+    """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
+    method = tuning.make(tuning_config, decoder)
+    if read is None or not isinstance(tuning_config, config.Lora):
+        return method
+
+    dropout = tuning_config.dropout
+
+    def wrap(name: str, w: Any, key: Any) -> Any:
+        node = read.wrap(name, w, key)
+        return node if node is w else dataclasses.replace(node, dropout=dropout)
+
+    whole = [(f"^{re.escape(n)}$", "train") for n in tuning_method.decoder_names(decoder) if read.trained_whole(n)]
+    return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True)
 
 
 def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapping[str, Any]]:
@@ -191,7 +225,8 @@ def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapp
 def compile_step(job: Job) -> Any:
     """The very step that trains, compiled from shapes."""
     c = job.config
-    step = make_step(apply_of(job.blueprint), OBJECTIVES[c.objective], job.tx)
+    weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
+    step = make_step(apply_of(job.blueprint), OBJECTIVES[c.objective], job.tx, weight)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     shape = c.train.accumulation, rows, job.data.train.length

@@ -4,7 +4,7 @@
 how adapters factor it and how Hugging Face stores it: all are derived from the `Weight` that it leaves in the tree.
 
 Dimensions: B batch, T time of the queries, S time of the keys, D embed, N query heads, K key/value heads,
-G query heads per key/value head, H head dim, L layers, V vocab.
+G query heads per key/value head, H head dim, R rotated part of a head, L layers, V vocab.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtune.weights import Array, einsum, precision, take
 
-BATCH_AXES = ("data", "fsdp")  # mesh axes over which a batch is split
+BATCH_AXES = ("data", "fsdp", "expert")  # mesh axes over which a batch is split
 REMAT_POLICIES: Mapping[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -34,9 +34,10 @@ _NEVER = -1e30  # a masked score; finite, so that a row without any key gives no
 
 
 class Weight(nn.LogicallyPartitioned):
-    """One parameter and what is known of it: `names` are its logical axes, of which the first `n_in` are contracted.
+    """One parameter and what is known of it: `names` are its logical axes.
 
-    A layer axis, added in front by `stack`, is named "layers" and not counted in `n_in`.
+    In front stand the axes over which matrices are only piled up: "layers", which `stack` adds, and "expert". Of those
+    that follow, the first `n_in` are contracted.
     """
 
     n_in: int = flax.struct.field(default=0, pytree_node=False)
@@ -44,6 +45,11 @@ class Weight(nn.LogicallyPartitioned):
     @property
     def stacked(self) -> bool:
         return self.names[0] == "layers"
+
+    @property
+    def lead(self) -> int:
+        """How many axes stand in front of the matrix."""
+        return next(i for i, n in enumerate((*self.names, None)) if n not in ("layers", "expert"))
 
     def like(self, value: Any) -> "Weight":
         return self.replace(value=value)
@@ -109,31 +115,57 @@ class Head(nn.Module):
         return self.param("weight", lambda k, s: Weight(init(k, s), ("embed", "vocab"), n_in=1), shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class Readout:
+    """How hidden states become logits."""
+
+    eqn: str
+    scale: float = 1.0
+    softcap: float = 0.0  # logits stay within ± this; 0 is no bound
+    vocab: int = 0  # rows of the head beyond it are padding and never likely; 0 is none
+
+    def __call__(self, hidden_BTD: Array, head: Any) -> Array:
+        """Logits in float32, `[B, T, V]`."""
+        logits_BTV = einsum(self.eqn, hidden_BTD, head).astype(jnp.float32)
+        if self.scale != 1.0:
+            logits_BTV = logits_BTV * self.scale
+        if self.softcap:
+            logits_BTV = jnp.tanh(logits_BTV / self.softcap) * self.softcap
+        if self.vocab and self.vocab < logits_BTV.shape[-1]:
+            logits_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < self.vocab, logits_BTV, _NEVER)
+        return logits_BTV
+
+
 @flax.struct.dataclass
 class Outputs:
     """What a language model gives: last hidden states, and the head that would turn them into logits."""
 
     hidden_BTD: Array
     head: Any
-    eqn: str = flax.struct.field(pytree_node=False)
+    readout: Readout = flax.struct.field(pytree_node=False)
+    balance: Any = None  # the load-balancing loss of a mixture of experts, float32; None where there is none
 
     def logits(self, hidden_BTD: Array | None = None) -> Array:
         """Logits in float32, of the given hidden states or of all: `[B, T, V]`."""
-        x_BTD = self.hidden_BTD if hidden_BTD is None else hidden_BTD
-        return einsum(self.eqn, x_BTD, self.head).astype(jnp.float32)
+        return self.readout(self.hidden_BTD if hidden_BTD is None else hidden_BTD, self.head)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich, 2019), computed in float32 as transformers does."""
+    """Root-mean-square norm (Zhang & Sennrich, 2019) over the axes named, computed in float32 and rounded once."""
 
     eps: float
+    axes: str = "embed"
+    around_one: bool = False  # Gemma stores what is added to a scale of 1
 
     @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        scale_D: Any = self.param("weight", lambda _, s: Weight(jnp.ones(s), ("embed",)), x_BTD.shape[-1:])
-        y_BTD = x_BTD.astype(jnp.float32)
-        y_BTD = y_BTD * jax.lax.rsqrt(jnp.mean(y_BTD * y_BTD, -1, keepdims=True) + self.eps)
-        return y_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+    def __call__(self, x: Array) -> Array:
+        names = tuple(self.axes.split())
+        over = tuple(range(-len(names), 0))
+        start = jnp.zeros if self.around_one else jnp.ones
+        scale: Any = self.param("weight", lambda _, s: Weight(start(s), names), x.shape[-len(names) :])
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, over, keepdims=True) + self.eps)
+        return (y * (scale.astype(jnp.float32) + float(self.around_one))).astype(x.dtype)
 
 
 # --- positions ------------------------------------------------------------------------------------------------------
@@ -143,38 +175,75 @@ class RMSNorm(nn.Module):
 class Rope:
     """Rotary position embedding (Su et al., 2021) and its scalings, fields named as in Hugging Face's config."""
 
-    head_dim: int
+    dim: int  # R, how many of a head's dimensions turn
     theta: float = 10000.0
-    kind: str = "default"  # default · linear · dynamic · yarn · llama3
+    kind: str = "default"  # default · linear · dynamic · yarn · llama3 · longrope
     factor: float = 1.0
-    context: int = 2048  # max_position_embeddings, or the original context where the scaling names one
+    context: int = 2048  # that the frequencies were trained for; scalings start from there
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
-def rope_tables(rope: Rope, position_BT: Array) -> tuple[Array, Array]:
-    """Cosines and sines, float32 `[B, T, 1, H/2]`, for the given positions."""
-    dim = rope.head_dim
-    if rope.kind == "dynamic":  # the base grows with the longest position of the row (NTK-aware)
-        length_B1 = jnp.maximum(position_BT.max(1, keepdims=True) + 1, rope.context).astype(jnp.float32)
-        growth_B1 = rope.factor * length_B1 / rope.context - (rope.factor - 1)
-        theta_B111 = (rope.theta * growth_B1 ** (dim / (dim - 2)))[:, :, None, None]
-        freq_H = 1.0 / theta_B111 ** (jnp.arange(0, dim, 2) / dim)
-    else:
-        freq_H = jnp.asarray(_frequencies(rope), jnp.float32)
-    angle_BT1H = position_BT[:, :, None, None].astype(jnp.float32) * freq_H
-    return jnp.cos(angle_BT1H) * rope.attention_factor, jnp.sin(angle_BT1H) * rope.attention_factor
+def rope_tables(ropes: Sequence[Rope | None], position_BT: Array, segment_BT: Array) -> tuple[Array, Array]:
+    """Cosines and sines for the given positions, float32, one table for each rope: `[ropes, B, T, 1, R/2]`.
+
+    None stands for no rotation. Scalings that depend on the length (dynamic, longrope) go by that of the token's own
+    segment, so what is packed into a row turns as it would alone.
+    """
+    dim = next(r.dim for r in ropes if r is not None)
+    length_BT11 = segment_length(segment_BT, position_BT)[:, :, None, None]
+    tables = []
+    for rope in ropes:
+        if rope is None:
+            tables.append((jnp.ones((*position_BT.shape, 1, dim // 2)), jnp.zeros((*position_BT.shape, 1, dim // 2))))
+            continue
+        freq = _frequencies(rope, length_BT11)
+        angle_BT1R = position_BT[:, :, None, None].astype(jnp.float32) * freq
+        tables.append((jnp.cos(angle_BT1R) * rope.attention_factor, jnp.sin(angle_BT1R) * rope.attention_factor))
+    cos, sin = zip(*tables, strict=True)
+    return jnp.stack(cos), jnp.stack(sin)
 
 
-def _frequencies(rope: Rope) -> np.ndarray:
-    dim = rope.head_dim
+def segment_length(segment_BT: Array, position_BT: Array) -> Array:
+    """How long the segment of each token is: the last position in it, and one.
+
+    >>> segment_length(jnp.array([[1, 1, 1, 2, 2]]), jnp.array([[0, 1, 2, 0, 1]])).tolist()
+    [[3, 3, 3, 2, 2]]
+    """
+    T = segment_BT.shape[1]
+    ends_BT = (segment_BT != jnp.roll(segment_BT, -1, 1)).at[:, -1].set(True)
+    last_BT = jax.lax.cummin(jnp.where(ends_BT, jnp.arange(T), T - 1), axis=1, reverse=True)
+    return jnp.take_along_axis(position_BT, last_BT, 1) + 1
+
+
+def _frequencies(rope: Rope, length_BT11: Array) -> Array:
+    """Radians per position, `[R/2]`, or `[B, T, 1, R/2]` where they depend on the length."""
+    dim = rope.dim
+    if rope.kind == "dynamic":  # the base grows with the length (NTK-aware)
+        grown_BT11 = jnp.maximum(length_BT11, rope.context).astype(jnp.float32)
+        growth_BT11 = rope.factor * grown_BT11 / rope.context - (rope.factor - 1)
+        theta_BT11 = rope.theta * growth_BT11 ** (dim / (dim - 2))
+        return 1.0 / theta_BT11 ** (jnp.arange(0, dim, 2) / dim)
+    if rope.kind == "longrope":  # Ding et al., 2024, https://arxiv.org/abs/2402.13753
+        base_R = 1.0 / rope.theta ** (np.arange(0, dim, 2) / dim)
+        short_R, long_R = (
+            jnp.asarray(base_R / np.array(f), jnp.float32) for f in (rope.short_factor, rope.long_factor)
+        )
+        return jnp.where(length_BT11 > rope.context, long_R, short_R)
+    return jnp.asarray(_fixed_frequencies(rope), jnp.float32)
+
+
+def _fixed_frequencies(rope: Rope) -> np.ndarray:
+    dim = rope.dim
     base_H = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rope.kind == "linear":
         return base_H / rope.factor
@@ -198,10 +267,13 @@ def _frequencies(rope: Rope) -> np.ndarray:
     return base_H
 
 
-def rotate(x_BTNH: Array, cos_BT1H: Array, sin_BT1H: Array) -> Array:
-    """Turn the halves of each head by the tables of `rope_tables`."""
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos_BT1H - b * sin_BT1H, b * cos_BT1H + a * sin_BT1H], -1).astype(x_BTNH.dtype)
+def rotate(x_BTNH: Array, cos_BT1R: Array, sin_BT1R: Array) -> Array:
+    """Turn the halves of the first R dimensions of each head by a table of `rope_tables`; the others stay."""
+    R = 2 * cos_BT1R.shape[-1]
+    a, b = jnp.split(x_BTNH[..., :R].astype(jnp.float32), 2, -1)
+    turned = [a * cos_BT1R - b * sin_BT1R, b * cos_BT1R + a * sin_BT1R]
+    rest = [x_BTNH[..., R:]] if x_BTNH.shape[-1] > R else []
+    return jnp.concatenate([t.astype(x_BTNH.dtype) for t in turned] + rest, -1)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -215,31 +287,45 @@ def attend(
     k_segment_BS: Array,
     start: Array | int = 0,
     *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: Array | int = 0,
     blocks: int = 8,
 ) -> Array:
     """Causal grouped-query attention within segments; the query at `t` stands at position `start + t` of the keys.
 
     Queries go in at most `blocks` blocks, each over the keys that it can see, so nearly half of the scores are never
     made. Scores and the softmax are float32. Segment 0 is padding.
+
+    Args:
+      scale: of the scores; 1/√H where not given.
+      softcap: scores stay within ± this (Gemma 2); 0 is no bound.
+      window: how many keys a query sees, its own included; 0 is all.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
-    q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    q_BKGTH = (q_BTNH * (H**-0.5 if scale is None else scale)).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     aligned = isinstance(start, int) and start == 0 and S == T
+    fixed = isinstance(window, int)
     size = max(64, -(-T // blocks)) if aligned else T
     out = []
     for i in range(0, T, size):
         j = min(i + size, T)
-        seen = j if aligned else S
-        causal_ts = start + jnp.arange(i, j)[:, None] >= jnp.arange(seen)
-        same_Bts = q_segment_BT[:, i:j, None] == k_segment_BS[:, None, :seen]
-        score_BKgs = _batched(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKSH[:, :, :seen], 3)
-        score_BKGts = score_BKgs.reshape(B, K, G, j - i, seen)
-        p_BKGts = jax.nn.softmax(jnp.where((causal_ts & same_Bts)[:, None, None], score_BKGts, _NEVER), -1)
-        p_BKgs = p_BKGts.astype(v_BKSH.dtype).reshape(B, K, -1, seen)
-        out.append(_batched(p_BKgs, v_BKSH[:, :, :seen], 2).reshape(B, K, G, j - i, H))
+        first, last = (max(0, i - window + 1) if fixed and window else 0, j) if aligned else (0, S)
+        behind_ts = start + jnp.arange(i, j)[:, None] - jnp.arange(first, last)
+        seen_ts = behind_ts >= 0
+        if not fixed or window:
+            seen_ts &= behind_ts < window
+        same_Bts = q_segment_BT[:, i:j, None] == k_segment_BS[:, None, first:last]
+        score_BKgs = _batched(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKSH[:, :, first:last], 3)
+        if softcap:
+            score_BKgs = jnp.tanh(score_BKgs / softcap) * softcap
+        score_BKGts = score_BKgs.reshape(B, K, G, j - i, last - first)
+        p_BKGts = jax.nn.softmax(jnp.where((seen_ts & same_Bts)[:, None, None], score_BKGts, _NEVER), -1)
+        p_BKgs = p_BKGts.astype(v_BKSH.dtype).reshape(B, K, -1, last - first)
+        out.append(_batched(p_BKgs, v_BKSH[:, :, first:last], 2).reshape(B, K, G, j - i, H))
     o_BKGTH = jnp.concatenate(out, 3) if len(out) > 1 else out[0]
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -286,8 +372,8 @@ def plain_names(path: str) -> list[str]:
 def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any) -> list[tuple[str, nn.Module]]:
     """Layers in consecutive groups, each scanned over its stacked weights and rematerialised by a named policy.
 
-    Call in a module's compact method. By name, each gives `module(x, cache, *rest) -> (x, cache)`, where the leaves
-    of `cache` carry the layer axis and `rest` is the same for every layer.
+    Call in a module's compact method. By name, each gives `module(x, own, rest) -> (x, out)`, where the leaves of `own`
+    and `out` carry the layer axis and `rest` is the same for every layer.
     """
     if (policy := REMAT_POLICIES[remat]) is not None:
         block = nn.remat(block, prevent_cse=False, policy=policy)

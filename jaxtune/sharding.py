@@ -13,27 +13,32 @@ from jaxtune.errors import UserError
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
 from jaxtune.weights import path_name
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "qkv_heads": "tensor",
     "mlp": "tensor",
+    "expert": "expert",
+    "expert_mlp": "tensor",
     "vocab": "tensor",
     "head": None,
+    "gate_up": None,
+    "router": None,
     "layers": None,
     "rank": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes data, fsdp and tensor over all devices.
+    """A mesh with the axes data, fsdp, expert and tensor over all devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [config.data, config.fsdp, config.expert, config.tensor]
     n, known = len(devices), int(np.prod([s for s in sizes if s > 0]))
     if -1 in sizes and n % known == 0:
         sizes[sizes.index(-1)] = n // known

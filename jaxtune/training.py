@@ -34,22 +34,29 @@ class State(NamedTuple):
         return {k: v for k, v in self._asdict().items() if k != "frozen"}
 
 
+_REPORTED = {"hits": "accuracy"}  # sums that have another name once they are means
 Apply = Callable[[Tree, Mapping[str, Array]], Any]
 
 
 def make_step(
-    apply: Apply, objective: Objective, tx: optax.GradientTransformation
+    apply: Apply, objective: Objective, tx: optax.GradientTransformation, router_loss: float = 0.0
 ) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
     """One optimiser step over a batch of `[A, B, T]` columns, as a pure function.
 
     Gradients are taken with respect to the trainable half only. Micro-batches add up sums of losses and of gradients,
     which are divided once by the number of tokens, so A × B rows weigh the same however they are cut.
+    `router_loss` is the weight of the load-balancing loss of a mixture of experts, taken for each micro-batch.
     """
 
     def loss(trainable: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> tuple[Array, tuple]:
         weights = with_dropout(join(trainable, frozen), key)
-        loss_sum, count, metrics = objective(apply(weights, batch), batch)
-        return loss_sum, (count, metrics)
+        outputs = apply(weights, batch)
+        loss_sum, count, metrics = objective(outputs, batch)
+        total = loss_sum
+        if (balance := getattr(outputs, "balance", None)) is not None:
+            metrics = {**metrics, "router_balance": balance * count}
+            total = loss_sum + router_loss * balance * count
+        return total, (loss_sum, count, metrics)
 
     def step(state: State, batches: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -57,8 +64,8 @@ def make_step(
 
         def micro(i: Array, batch: Mapping[str, Array]) -> tuple[Tree, tuple]:
             grad = jax.value_and_grad(loss, has_aux=True)
-            (loss_sum, (count, metrics)), grads = grad(state.trainable, state.frozen, batch, jax.random.fold_in(key, i))
-            return grads, (loss_sum, count, metrics)
+            (_, sums), grads = grad(state.trainable, state.frozen, batch, jax.random.fold_in(key, i))
+            return grads, sums
 
         if A == 1:
             sums = micro(jnp.int32(0), {k: v[0] for k, v in batches.items()})
@@ -76,7 +83,7 @@ def make_step(
         updates, optimiser = tx.update(grads, state.optimiser, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         report = {"loss": loss_sum / count, "grad_norm": optax.tree.norm(grads), "tokens": count}
-        report |= {"accuracy": metrics["hits"] / count} if "hits" in metrics else {}
+        report |= {_REPORTED.get(name, name): total / count for name, total in metrics.items()}
         return State(trainable, state.frozen, optimiser, state.step + 1, state.key), report
 
     return step

@@ -86,7 +86,7 @@ class Tuned:
 
     def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
         """The answer to a conversation, piece by piece."""
-        context = self.blueprint.decoder.rope.context
+        context = self.blueprint.decoder.context
         room, kept = context - min(s.max_new_tokens, context // 4), list(messages)
         while len(self.tokenizer(self.prompt(kept)).input_ids) > room and len(kept) > 2:
             del kept[int(kept[0].role == "system")]  # the oldest turn that is not the system's
@@ -145,7 +145,9 @@ def open_weights(
     read = adapters.Adapter(Path(adapter)) if adapter is not None else None
     if read is not None:
         method = method._replace(wrap=read.wrap, made=True)
-    b = blueprint.draw(model, lambda _: method, mesh, dtype or "float32")
+    b = blueprint.draw(
+        model, lambda _: method, mesh, dtype or "float32", adapter=read, vocab=read.rows() if read else None
+    )
     weights = blueprint.materialise(b, jax.random.key(0), base)
     if read is None:
         return Opened(b, weights, model)
@@ -193,10 +195,7 @@ def write_model(source: str, target: Path, adapter: str | None = None, dtype: st
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
         files.write_folder(folder, blueprint.full_tensors(b, weights, names[dtype] if dtype else None))
-        if dtype is not None:
-            hf = blueprint.read_config(b.folder)
-            hf["dtype" if "dtype" in hf else "torch_dtype"] = dtype
-            (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        blueprint.patch_config(folder, b, dtype)
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""Weights are values, and `einsum` and `take` are the one seam through which everything uses them.
+"""Weights are values, and `einsum`, `take` and `grouped` are the one seam through which everything uses them.
 
 A weight is an array, or a *node*: a pytree that stands where an array stood and knows how to multiply (low-rank
 adapters today; quantised and masked weights the same way). The model never knows which. Nodes nest, and every leaf
@@ -6,7 +6,7 @@ of a node keeps the leading layer axis of the array that it replaced, so nodes p
 
 A node's first field is the weight it stands on: Linen compares a stored parameter's first leaf with its initialiser.
 
-Dimensions: letters of an einsum equation; `r` is the adapter's rank.
+Dimensions: letters of an einsum equation; `r` is the adapter's rank; E experts, M rows of tokens.
 """
 
 import dataclasses
@@ -111,6 +111,19 @@ def take(w: Any, ids: Array, dtype: Any) -> Array:
 
 
 @functools.singledispatch
+def grouped(w: Any, x: Array, sizes_E: Array) -> Array:
+    """Rows of `x` `[M, in]`, sorted by expert, each times the matrix of its own expert in `w` `[E, in, out…]`.
+
+    The first `sizes_E[0]` rows belong to the first expert, and so on; what rows beyond all groups give is undefined.
+
+    >>> grouped(jnp.stack([jnp.eye(2), 2 * jnp.eye(2)]), jnp.ones((3, 2)), jnp.array([1, 2])).tolist()
+    [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    w_EIO = w.astype(x.dtype).reshape(*w.shape[:2], -1)
+    return jax.lax.ragged_dot(x, w_EIO, sizes_E, precision=precision(x.dtype)).reshape(-1, *w.shape[2:])
+
+
+@functools.singledispatch
 def densify(w: Any) -> Any:
     """The plain array that a node amounts to, in the dtype of the weight it stands on."""
     return w
@@ -132,15 +145,24 @@ class LoRA(Node):
     dropout: float = static(default=0.0)
 
 
+def _dropped(w: LoRA, x: Array) -> Array:
+    """The adapter's input."""
+    if w.key is None or w.dropout == 0.0:
+        return x
+    keep = jax.random.bernoulli(w.key, 1.0 - w.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
+
+
 @apply.register
 def _(w: LoRA, eqn: str, x: Array) -> Array:
     e = parts(eqn)
-    x_in = x
-    if w.key is not None and w.dropout > 0.0:
-        keep = jax.random.bernoulli(w.key, 1.0 - w.dropout, x.shape)
-        x_in = jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
-    down = apply(w.a, f"{e.x},{e.into}r->{e.batch}r", x_in) * w.scale
+    down = apply(w.a, f"{e.x},{e.into}r->{e.batch}r", _dropped(w, x)) * w.scale
     return apply(w.base, eqn, x) + apply(w.b, f"{e.batch}r,r{e.outof}->{e.out}", down)
+
+
+@grouped.register
+def _(w: LoRA, x: Array, sizes_E: Array) -> Array:
+    return grouped(w.base, x, sizes_E) + grouped(w.b, grouped(w.a, _dropped(w, x), sizes_E) * w.scale, sizes_E)
 
 
 @take.register
@@ -151,8 +173,9 @@ def _(w: LoRA, ids: Array, dtype: Any) -> Array:
 @densify.register
 def _(w: LoRA) -> Any:
     base = densify(w.base)
-    stacked = w.a.ndim + w.b.ndim - base.ndim - 2  # 1 where the leaves carry a layer axis
-    update = jax.vmap(_low_rank) if stacked else _low_rank
+    update = _low_rank
+    for _ in range(w.a.ndim + w.b.ndim - base.ndim - 2):  # axes in front: layers, experts
+        update = jax.vmap(update)
     return (base.astype(jnp.float32) + w.scale * update(w.a, w.b).reshape(base.shape)).astype(base.dtype)
 
 

@@ -56,7 +56,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 8)) for i in (0, 1))
 
     def score(m, n):
-        at = [rope_tables(rope, jnp.array([[p]])) for p in (m, n)]
+        at = [[t[0] for t in rope_tables([rope], jnp.array([[p]]), jnp.ones((1, 1)))] for p in (m, n)]
         return float((rotate(q, *at[0]) * rotate(k, *at[1])).sum())
 
     assert score(3, 1) == pytest.approx(score(103, 101), rel=1e-4)
@@ -65,7 +65,7 @@ def test_scores_of_rotated_vectors_depend_on_the_distance_alone():
 
 def test_dynamic_rope_does_not_look_at_other_rows():
     rope = Rope(8, kind="dynamic", factor=2.0, context=16)
-    both = rope_tables(rope, jnp.array([[0, 1, 2], [0, 1, 40]]))[0]
-    alone = rope_tables(rope, jnp.array([[0, 1, 2]]))[0]
+    both = rope_tables([rope], jnp.array([[0, 1, 2], [0, 1, 40]]), jnp.ones((2, 3)))[0][0]
+    alone = rope_tables([rope], jnp.array([[0, 1, 2]]), jnp.ones((1, 3)))[0][0]
     np.testing.assert_array_equal(both[:1], alone)
     assert not np.allclose(both[1, 1], both[0, 1])

@@ -12,7 +12,16 @@ from tools.make_demo_model import write_jsonl as _write_jsonl
 from tools.make_demo_model import write_random_model, write_tokenizer
 
 SHAPE = DecoderConfig(
-    vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head=8, mlp=48, tied=True, rope=Rope(8, context=128)
+    vocab=300,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head=8,
+    mlp=48,
+    tied=True,
+    ropes=(Rope(8, context=128),),
+    context=128,
 )
 
 

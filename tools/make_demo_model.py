@@ -21,8 +21,8 @@ import jaxtune
 from jaxtune import tuned
 from jaxtune.hf import files
 from jaxtune.layers import Rope
+from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
-from jaxtune.models.families import llama
 
 DEMO = Path(__file__).parent.parent / "jaxtune" / "demo"
 ANIMALS = (
@@ -140,9 +140,9 @@ def write_random_model(folder: Path, c: DecoderConfig, seed: int) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(
-        json.dumps(llama.to_hf(c) | {"bos_token_id": 1, "eos_token_id": 2}, indent=2) + "\n"
+        json.dumps(families.to_hf(c) | {"bos_token_id": 1, "eos_token_id": 2}, indent=2) + "\n"
     )
-    files.write_folder(folder, files.entries(boxes, np.dtype("float32")))
+    files.write_folder(folder, files.entries(boxes, np.dtype("float32"), c.family))
 
 
 def main() -> None:
@@ -160,7 +160,16 @@ def main() -> None:
         base, corpus = Path(tmp) / "base", Path(tmp) / "corpus.jsonl"
         write_jsonl(corpus, [{"text": t} for t in texts])
         shape = DecoderConfig(
-            vocab=512, embed=128, layers=4, heads=4, kv_heads=2, head=32, mlp=384, tied=True, rope=Rope(32, context=256)
+            vocab=512,
+            embed=128,
+            layers=4,
+            heads=4,
+            kv_heads=2,
+            head=32,
+            mlp=384,
+            tied=True,
+            ropes=(Rope(32, context=256),),
+            context=256,
         )
         write_random_model(base, shape, seed=0)
         write_tokenizer(base, [*texts[:5000], "Question: Answer:"], 512)

@@ -1,11 +1,15 @@
 """PEFT adapter folders, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-Layout of peft: `lora_A` is `(r, in)`, `lora_B` is `(out, r)`, under `base_model.model.<module>`.
+peft's layout, under `base_model.model.<module>`: `lora_A` is `(r, in)`, `lora_B` is `(out, r)`; of an embedding
+`lora_embedding_A` is `(r, vocab)`, `lora_embedding_B` `(embed, r)`. Experts are parameters rather than modules
+(`target_parameters`): A is `(experts · r, in)` and B `(out, r · experts)`, and of two parameters of one module the
+first lies under `base_layer`. What trained whole (`modules_to_save`) is there under its own name.
 """
 
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,24 +24,74 @@ from jaxtune.weights import LoRA, is_node, path_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_REFUSED = ("use_dora", "bias", "modules_to_save", "layers_to_transform", "lora_bias", "target_parameters")
+_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")  # of transformers' expert modules, in their order
+_REFUSED = (
+    "use_dora", "bias", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config",
+)  # fmt: skip
 
 
-def write(folder: Path, weights: Any, base: str, rank: int, alpha: float, dropout: float, rslora: bool) -> None:
-    """Write the LoRA nodes of a tree of `Weight`s as an adapter that peft opens on `base`."""
+def _module(plain: str) -> str:
+    """The module that peft knows a weight by: transformers' own name, which families do not rename."""
+    return layout.hf_name(plain, "llama").removesuffix(".weight")
+
+
+def _is_expert(w: Weight) -> bool:
+    return "expert" in layout.apart(w)
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def write(
+    folder: Path,
+    weights: Any,
+    base: str,
+    family: str,
+    whole: Mapping[str, files.Entry],
+    dropout: float = 0.0,
+    rslora: bool = False,
+) -> None:
+    """Write the LoRA nodes of a tree of `Weight`s as an adapter that peft opens on `base`.
+
+    `whole` are the Hugging Face tensors of what trained without an adapter. Ranks and alphas come from the nodes.
+    """
     tensors: dict[str, files.Entry] = {}
-    modules: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    experts: list[str] = []
+
+    def add(key: str, array: np.ndarray) -> None:
+        tensors[key] = files.Entry(array.shape, array.dtype, functools.partial(np.ascontiguousarray, array))
+
     for path, node in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_node):
         if not isinstance(node, LoRA):
             continue
-        for i, name in enumerate(plain_names(path_name(path))):
-            module = layout.hf_name(name).removesuffix(".weight")
-            modules.append(module)
-            a, b = (np.asarray(w.value[i] if w.stacked else w.value, np.float32) for w in (node.a, node.b))
-            a_rI, b_Or = a.reshape(-1, rank).T, b.reshape(rank, -1).T
-            for suffix, array in (("lora_A", a_rI), ("lora_B", b_Or)):
-                key = f"{_PREFIX}{module}.{suffix}.weight"
-                tensors[key] = files.Entry(array.shape, array.dtype, functools.partial(np.ascontiguousarray, array))
+        w, rank = node.base, node.a.value.shape[-1]
+        for i, plain in enumerate(plain_names(path_name(path))):
+            a, b = (np.asarray(x.value[i] if x.stacked else x.value, np.float32) for x in (node.a, node.b))
+            module = _module(plain)
+            ranks[module], alphas[module] = rank, round(node.scale * (rank**0.5 if rslora else rank), 9)
+            if _is_expert(w):
+                experts.append(module)
+            elif w.names[w.lead] == "vocab":
+                add(f"{_PREFIX}{module}.lora_embedding_A", a.T)
+                add(f"{_PREFIX}{module}.lora_embedding_B", b.T)
+            else:
+                add(f"{_PREFIX}{module}.lora_A.weight", a.reshape(-1, rank).T)
+                add(f"{_PREFIX}{module}.lora_B.weight", b.reshape(rank, -1).T)
+            if _is_expert(w):
+                a_EIr, b_ErO = a, b.reshape(*b.shape[:2], -1)
+                inner = _has_twin(plain, weights)
+                key = f"{_PREFIX}{module.rsplit('.', 1)[0]}{'.base_layer' if inner else ''}"
+                add(f"{key}.lora_A.weight", a_EIr.transpose(0, 2, 1).reshape(-1, a_EIr.shape[1]))
+                add(f"{key}.lora_B.weight", b_ErO.transpose(2, 1, 0).reshape(b_ErO.shape[2], -1))
+    plain_rule = {layout.hf_name(p, family): _module(p) for p in _plain_names(weights)}
+    for name, entry in whole.items():
+        tensors[f"{_PREFIX}{plain_rule[name]}.weight"] = entry
+    linear = [m for m in ranks if m not in experts]
+    rank, alpha = _most_common(ranks), _most_common(alphas)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -45,14 +99,15 @@ def write(folder: Path, weights: Any, base: str, rank: int, alpha: float, dropou
         "revision": None,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if experts else dropout,  # peft knows no dropout on parameters
         "use_rslora": rslora,
         "use_dora": False,
         "bias": "none",
-        "target_modules": _targets(modules, weights),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
+        "target_modules": _targets(linear, weights),
+        "target_parameters": sorted({re.sub(r"^model\.layers\.\d+\.", "", m) for m in experts}) or None,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "modules_to_save": [plain_rule[n] for n in whole] or None,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
@@ -60,14 +115,24 @@ def write(folder: Path, weights: Any, base: str, rank: int, alpha: float, dropou
     files.write(folder / WEIGHTS, tensors)
 
 
+def _has_twin(plain: str, weights: Any) -> bool:
+    """Whether this is the first of two adapted parameters of one module."""
+    if not plain.endswith(_EXPERT_PARAMETERS[0]):
+        return False
+    twin = plain.removesuffix(_EXPERT_PARAMETERS[0]) + _EXPERT_PARAMETERS[1]
+    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_node)
+    return any(twin in plain_names(path_name(p)) for p, n in leaves if isinstance(n, LoRA))
+
+
+def _plain_names(weights: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
+    return [n for p, _ in leaves for n in plain_names(path_name(p))]
+
+
 def _targets(modules: list[str], weights: Any) -> list[str]:
     """Short names (`q_proj`) where they mean just these modules, else whole ones."""
     short = sorted({m.rsplit(".", 1)[-1] for m in modules})
-    everything = [
-        layout.hf_name(n).removesuffix(".weight")
-        for p, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
-        for n in plain_names(path_name(p))
-    ]
+    everything = [_module(n) for n in _plain_names(weights) if n.endswith("/weight")]
     same = {m for m in everything if m.rsplit(".", 1)[-1] in short} == set(modules)
     return short if same else sorted(modules)
 
@@ -92,60 +157,109 @@ class Adapter:
             if c.get(key) not in (None, False, "none", [], {}):
                 raise UserError(f"{folder}: {key}={c[key]!r} is not supported in a LoRA adapter")
         self.folder = folder
-        self._tensors = files.read_header(folder / WEIGHTS)
-        self._found: dict[str, dict[str, files.Tensor]] = {}
-        for name, t in self._tensors.items():
-            m = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", name)
-            if m is None:
-                raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of a LoRA adapter on linear modules")
-            self._found.setdefault(m[1], {})[m[2]] = t
+        self._factors: dict[str, dict[str, files.Tensor]] = {}
+        self._whole: dict[str, files.Tensor] = {}
+        kinds = re.compile(
+            rf"{re.escape(_PREFIX)}(?P<module>.+)\.(?:lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?|weight)"
+        )
+        for name, t in files.read_header(folder / WEIGHTS).items():
+            if (m := kinds.fullmatch(name)) is None:
+                raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of a LoRA adapter")
+            if m["factor"] is None:
+                self._whole[m["module"].removesuffix(".base_layer")] = t
+            else:
+                self._factors.setdefault(self._parameter(m["module"]), {})[m["factor"]] = t
         self._used: set[str] = set()
+
+    def _parameter(self, module: str) -> str:
+        """The module of a factor; of experts' the parameter."""
+        targets = {p.rsplit(".", 1)[-1] for p in self.config.get("target_parameters") or ()}
+        names = [p for p in _EXPERT_PARAMETERS if p in targets]
+        if not names or not re.search(r"\.experts(\.base_layer)?$", module):
+            return module
+        inner = module.endswith(".base_layer")
+        return f"{module.removesuffix('.base_layer')}.{names[0] if inner else names[-1]}"
 
     @property
     def base(self) -> str:
         """The model that the adapter was trained on, as its config says."""
         return self.config.get("base_model_name_or_path") or ""
 
-    def scale(self, module: str) -> float:
+    @property
+    def rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
+
+    def trained_whole(self, plain: str) -> bool:
+        """Whether the adapter brings this weight whole."""
+        return plain.endswith("/weight") and _module(plain) in self._whole
+
+    def replace(self, tensors: Mapping[str, Any], family: str) -> dict[str, Any]:
+        """A base model's tensors with those in their places that the adapter brings whole.
+
+        Raises:
+          UserError: the base has no such tensor.
+        """
+        out = dict(tensors)
+        for module, t in self._whole.items():
+            plain = f"{module.removeprefix('model.')}.weight"
+            name = plain if module == "lm_head" else layout.hf_name(plain.replace(".", "/"), family)
+            if name not in out and name != layout.HEAD:
+                raise UserError(f"{self.folder}: brings {module}, which the model lacks")
+            out[name] = t
+        return out
+
+    def rows(self) -> int | None:
+        """How many tokens the embedding table that it brings has, if it brings one."""
+        t = self._whole.get(_module("embed_tokens/weight"))
+        return None if t is None else t.shape[0]
+
+    def _scale(self, module: str) -> float:
         c = self.config
         rank = _by_pattern(c.get("rank_pattern"), module, c["r"])
         alpha = _by_pattern(c.get("alpha_pattern"), module, c["lora_alpha"])
-        return alpha / rank**0.5 if c.get("use_rslora") else alpha / rank
+        return alpha / rank**0.5 if self.rslora else alpha / rank
 
     def wrap(self, name: str, w: Weight, key: Any) -> Any:
         """The weight under its adapter, if it has one. `name` is the plain name of the first of its layers."""
-        modules = [layout.hf_name(name).removesuffix(".weight")]
+        names = [name]
         if w.stacked:
-            first = int(name.split("/")[1])
-            tail = name.split("/", 2)[2]
-            modules = [
-                layout.hf_name(f"layers/{first + i}/{tail}").removesuffix(".weight") for i in range(w.value.shape[0])
-            ]
-        if not name.endswith("/weight") or modules[0] not in self._found or w.names[int(w.stacked)] == "vocab":
+            _, first, tail = name.split("/", 2)
+            names = [f"layers/{int(first) + i}/{tail}" for i in range(w.value.shape[0])]
+        modules = [_module(n) for n in names]
+        if modules[0] not in self._factors or name.endswith("/bias"):
             return w
         self._used.update(modules)
-        body, n = w.value.shape[int(w.stacked) :], w.n_in
         a, b = [], []
         for m in modules:
             try:
-                a_rI, b_Or = self._found[m]["A"].open(), self._found[m]["B"].open()
-                a.append(np.asarray(a_rI.T, np.float32).reshape(*body[:n], a_rI.shape[0]))
-                b.append(np.asarray(b_Or.T, np.float32).reshape(b_Or.shape[1], *body[n:]))
+                one_a, one_b = self._factors_of(m, w)
             except (KeyError, ValueError) as e:
                 shape = layout.hf_shape(w)
                 raise UserError(f"{self.folder}: the adapter of {m} does not fit its weight {list(shape)}") from e
-        s = int(w.stacked)
-        names = w.names
+            a.append(one_a)
+            b.append(one_b)
+        n = w.lead
         return LoRA(
             w,
-            Weight(np.stack(a) if s else a[0], (*names[: s + n], "rank"), n_in=n),
-            Weight(np.stack(b) if s else b[0], (*names[:s], "rank", *names[s + n :]), n_in=1),
-            scale=self.scale(modules[0]),
+            Weight(np.stack(a) if w.stacked else a[0], (*w.names[: n + w.n_in], "rank"), n_in=w.n_in),
+            Weight(np.stack(b) if w.stacked else b[0], (*w.names[:n], "rank", *w.names[n + w.n_in :]), n_in=1),
+            scale=self._scale(modules[0]),
         )
+
+    def _factors_of(self, module: str, w: Weight) -> tuple[np.ndarray, np.ndarray]:
+        """One layer's factors in our layout, float32."""
+        a, b = (np.asarray(self._factors[module][f].open(), np.float32) for f in "AB")
+        body = w.value.shape[int(w.stacked) :]
+        if _is_expert(w):
+            E, body = body[0], body[1:]
+            a_EIr = a.reshape(E, -1, a.shape[1]).transpose(0, 2, 1)
+            b_ErO = b.reshape(b.shape[0], -1, E).transpose(2, 1, 0)
+            return a_EIr.reshape(E, *body[: w.n_in], -1), b_ErO.reshape(*b_ErO.shape[:2], *body[w.n_in :])
+        return a.T.reshape(*body[: w.n_in], a.shape[0]), b.T.reshape(b.shape[1], *body[w.n_in :])
 
     def check_all_used(self) -> None:
         """Raises: UserError: the adapter names modules that the model does not have."""
-        if unused := sorted(set(self._found) - self._used):
+        if unused := sorted(set(self._factors) - self._used):
             raise UserError(f"{self.folder}: adapts modules that the model lacks: {', '.join(unused[:8])}")
 
 

@@ -1,4 +1,4 @@
-"""Safetensors folders: shards read slice by slice, straight into sharded arrays, and written tensor by tensor.
+"""Safetensors folders: tensors found in their shards without being read, and written one by one.
 
 The format is eight bytes of header length, a JSON header, and raw little-endian data
 (https://huggingface.co/docs/safetensors). Tensors are memory-mapped, so only the bytes asked for are read.
@@ -10,7 +10,6 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +40,6 @@ DTYPES = {
 _NAMES = {v: k for k, v in DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-_READERS = 4  # weights that are read at the same time; each holds one host copy of a device's part
 
 
 class Tensor(NamedTuple):
@@ -131,72 +129,6 @@ def inside(root: Path, name: str) -> Path:
     return root / name
 
 
-# --- into arrays ----------------------------------------------------------------------------------------------------
-
-
-def match(tensors: Mapping[str, Tensor], weights: Any, tied: bool, place: str) -> dict[str, list[Tensor]]:
-    """Which tensors each weight is made of, by path. Every tensor is used exactly once.
-
-    Raises:
-      UserError: one error that lists all unexpected, missing and mis-shaped names.
-    """
-    tensors = {n: t for n, t in tensors.items() if not layout.UNTRAINED.search(n)}
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if tied and head in tensors:  # a tied table may be stored under either name, or twice
-        twin = tensors.pop(head)
-        if embed in tensors and not np.array_equal(tensors[embed].open(), twin.open()):
-            raise UserError(
-                f"{place}: tie_word_embeddings is set, but {head} differs from {embed}; set it to false in config.json"
-            )
-        tensors.setdefault(embed, twin)
-    found: dict[str, list[Tensor]] = {}
-    missing, shapes = [], []
-    for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
-        found[path_name(path)] = own = []
-        for name in layout.hf_names(path_name(path)):
-            if (t := tensors.pop(name, None)) is None:
-                missing.append(name)
-                continue
-            if t.shape != layout.hf_shape(w):
-                shapes.append(f"{name} {list(t.shape)}, config wants {list(layout.hf_shape(w))}")
-            own.append(t)
-    faults = [
-        f"{title}: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
-        for title, names in (("missing", missing), ("unexpected", sorted(tensors)), ("mis-shaped", shapes))
-        if names
-    ]
-    if faults:
-        raise UserError(f"{place}: tensors do not fit config.json; {'; '.join(faults)}")
-    return found
-
-
-def load(found: Mapping[str, list[Tensor]], weights: Any, shardings: Any) -> Any:
-    """Read weights into sharded arrays of the dtypes of `weights`; each device's part is read by itself.
-
-    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form. A few are read at a time.
-    """
-
-    def one(path: tuple, w: Any, sharding: jax.sharding.Sharding) -> Any:
-        tensors = found[path_name(path)]
-
-        def read(index: Any) -> np.ndarray:
-            if not w.stacked:
-                return np.ascontiguousarray(layout.from_hf(tensors[0].open(), w)[index], dtype=w.value.dtype)
-            layers = tensors[index[0]]
-            first = layout.from_hf(layers[0].open(), w)[index[1:]]
-            out = np.empty((len(layers), *first.shape), w.value.dtype)
-            for i, t in enumerate(layers):
-                out[i] = layout.from_hf(t.open(), w)[index[1:]]
-            return out
-
-        return w.like(jax.make_array_from_callback(w.value.shape, sharding, read))
-
-    leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
-    paths, boxes = zip(*leaves, strict=True)
-    with ThreadPoolExecutor(_READERS) as pool:
-        return jax.tree.unflatten(tree, pool.map(one, paths, boxes, jax.tree.leaves(shardings)))
-
-
 # --- out of arrays --------------------------------------------------------------------------------------------------
 
 
@@ -208,14 +140,14 @@ class Entry(NamedTuple):
     data: Callable[[], np.ndarray]
 
 
-def entries(weights: Any, dtype: np.dtype) -> dict[str, Entry]:
+def entries(weights: Any, dtype: np.dtype, family: str) -> dict[str, Entry]:
     """The Hugging Face tensors of a tree of `Weight`s with plain arrays: of a model that has no base folder."""
     out = {}
     for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
-        for i, name in enumerate(layout.hf_names(path_name(path))):
+        for name, at in zip(layout.hf_names(path_name(path), w, family), layout.places(w), strict=True):
 
-            def data(w: Any = w, i: int = i) -> np.ndarray:
-                return layout.to_hf(np.asarray(w.value[i] if w.stacked else w.value), w).astype(dtype)
+            def data(w: Any = w, at: dict[str, int] = at) -> np.ndarray:
+                return layout.to_hf(np.asarray(layout.pick(w, at)), w).astype(dtype)
 
             out[name] = Entry(layout.hf_shape(w), dtype, data)
     return out

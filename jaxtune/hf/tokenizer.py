@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,16 @@ def eos_ids(folder: Path, tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return sorted(set(ids))
+
+
+def add(tokenizer: Any, tokens: Sequence[str], special: Sequence[str]) -> None:
+    """Add tokens that are not there yet."""
+    if tokens:
+        tokenizer.add_tokens(list(tokens))
+    if special:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(special)}, replace_extra_special_tokens=False)
+
+
+def size(tokenizer: Any) -> int:
+    """One more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1

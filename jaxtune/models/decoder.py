@@ -1,54 +1,132 @@
 """The one decoder-only transformer; every variation is a field of its config.
 
 Dimensions: B batch, T time of the queries, S time of the keys, D embed, N query heads, K key/value heads, H head dim,
-F mlp, L layers, V vocab.
+F mlp, V vocab, E experts, L layers, R rotated part of a head.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from jaxtune.layers import Embed, Head, Linear, Outputs, RMSNorm, Rope, attend, constrain, rope_tables, rotate, stack
+from jaxtune.layers import (
+    Embed,
+    Head,
+    Linear,
+    Outputs,
+    Readout,
+    RMSNorm,
+    Rope,
+    attend,
+    constrain,
+    rope_tables,
+    rotate,
+    stack,
+)
+from jaxtune.models.moe import Moe, balance
 from jaxtune.weights import Array
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Norms(NamedTuple):
+    """Names of a layer's norms, None where there is none: before and after attention, before and after the mlp."""
+
+    attention_in: str | None
+    attention_out: str | None
+    mlp_in: str | None
+    mlp_out: str | None
+
+
+NORMS: Mapping[str, Norms] = {
+    "pre": Norms("input_layernorm", None, "post_attention_layernorm", None),
+    "post": Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": Norms(
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """The shape of a decoder, and how it is computed."""
 
-    vocab: int  # V
+    vocab: int  # V, tokens
     embed: int  # D
     layers: int  # L
     heads: int  # N
     kv_heads: int  # K
     head: int  # H
-    mlp: int  # F
-    rope: Rope
-    norm_eps: float = 1e-5
+    mlp: int  # F; of one expert, where there are experts
+    ropes: tuple[Rope | None, ...]  # the position embeddings that layers choose from; None is no rotation (NoPE)
+    context: int = 2048  # positions that the model is made for, scalings included
+    family: str = "llama"  # Hugging Face's model_type
     tied: bool = False
-    attention_bias: bool = False
+    act: str = "silu"  # silu · gelu · gelu_tanh
+    qkv_bias: bool = False
+    o_bias: bool = False
     mlp_bias: bool = False
+    fused: bool = False  # one matrix for queries, keys and values, and one for gate and up (Phi)
+    # norms
+    norms: str = "pre"  # pre · post · both
+    norm_eps: float = 1e-5
+    norm_around_one: bool = False
+    qk_norm: str = "none"  # none · head · whole: of queries and keys, over each head or all heads together
+    # attention
+    rope_of: tuple[int, ...] = ()  # per layer, which of `ropes`; empty: the first
+    windows: tuple[int, ...] = ()  # per layer, how many keys a query sees, 0 is all; empty: all
+    attention_scale: float | None = None  # 1/√H where None
+    attention_softcap: float = 0.0
+    # scales
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    # mixture of experts
+    experts: int = 0  # E
+    top_k: int = 0
+    normalise_top_k: bool = True
+    router_loss: float = 0.0  # weight of the load-balancing loss, where the model's config asks for it
     # how it is computed, not what
+    vocab_rows: int = 0  # rows of the table, with padding; 0 is `vocab`
     groups: tuple[int, ...] = ()
     remat: str = "none"
     dtype: str = "float32"
 
     @property
+    def rows(self) -> int:
+        """Rows of the embedding table and of the head."""
+        return self.vocab_rows or self.vocab
+
+    @property
     def dims(self) -> Mapping[str, int]:
         """Sizes of the logical axes."""
         return flax.core.FrozenDict(
-            vocab=self.vocab,
+            vocab=self.rows,
             embed=self.embed,
             heads=self.heads,
             kv_heads=self.kv_heads,
+            qkv_heads=self.heads + 2 * self.kv_heads,
             head=self.head,
             mlp=self.mlp,
+            expert_mlp=self.mlp,
+            gate_up=2,
+            expert=self.experts,
+            router=self.experts,
         )
+
+    def norm(self, name: str, axes: str = "embed") -> RMSNorm:
+        return RMSNorm(self.norm_eps, axes, self.norm_around_one, name=name)
 
 
 @flax.struct.dataclass
@@ -68,53 +146,110 @@ class Cache:
         return cls(layers, jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
 
 
+class Where(NamedTuple):
+    """At which positions and segments tokens stand; the same for every layer."""
+
+    tables: tuple[Array, Array]  # of `rope_tables`
+    q_segment_BT: Array
+    k_segment_BS: Array
+    start: Any  # place of the first query among the keys
+
+
+class Own(NamedTuple):
+    """What a layer has of its own, beside its weights."""
+
+    cache: Any  # k, v
+    rope: Any  # which table; None is the first
+    window: Any  # how many keys a query sees; None is the config's one window
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
     c: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, where: Any) -> tuple[Array, Any]:
-        c, bias = self.c, self.c.attention_bias
-        tables, q_segment_BT, k_segment_BS, start = where
-        q_BTNH = Linear("btd,dnh->btnh", "embed -> heads head", c.dims, bias, name="q_proj")(x_BTD)
-        k_BTKH = Linear("btd,dkh->btkh", "embed -> kv_heads head", c.dims, bias, name="k_proj")(x_BTD)
-        v_BTKH = Linear("btd,dkh->btkh", "embed -> kv_heads head", c.dims, bias, name="v_proj")(x_BTD)
-        q_BTNH, k_BTKH = rotate(q_BTNH, *tables), rotate(k_BTKH, *tables)
-        if cache is not None:
-            old_k_BSKH, old_v_BSKH = cache
-            k_BTKH = jax.lax.dynamic_update_slice_in_dim(old_k_BSKH, k_BTKH, start, 1)
-            v_BTKH = jax.lax.dynamic_update_slice_in_dim(old_v_BSKH, v_BTKH, start, 1)
+    def __call__(self, x_BTD: Array, own: Own, where: Where) -> tuple[Array, Any]:
+        c = self.c
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD)
+        if c.qk_norm != "none":
+            q_axes, k_axes = ("heads head", "kv_heads head") if c.qk_norm == "whole" else ("head", "head")
+            q_BTNH, k_BTKH = c.norm("q_norm", q_axes)(q_BTNH), c.norm("k_norm", k_axes)(k_BTKH)
+        table = [t[0 if own.rope is None else own.rope] for t in where.tables]
+        q_BTNH, k_BTKH = rotate(q_BTNH, *table), rotate(k_BTKH, *table)
+        cache = None
+        if own.cache is not None:
+            old_k_BSKH, old_v_BSKH = own.cache
+            k_BTKH = jax.lax.dynamic_update_slice_in_dim(old_k_BSKH, k_BTKH, where.start, 1)
+            v_BTKH = jax.lax.dynamic_update_slice_in_dim(old_v_BSKH, v_BTKH, where.start, 1)
             cache = k_BTKH, v_BTKH
-        o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, q_segment_BT, k_segment_BS, start)
-        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, bias, name="o_proj")(o_BTNH), cache
+        window = (c.windows[0] if c.windows else 0) if own.window is None else own.window
+        o_BTNH = attend(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            where.q_segment_BT,
+            where.k_segment_BS,
+            where.start,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            window=window,
+        )
+        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(o_BTNH), cache
+
+    def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
+        c, bias = self.c, self.c.qkv_bias
+        if c.fused:
+            qkv_BTMH = Linear("btd,dmh->btmh", "embed -> qkv_heads head", c.dims, bias, name="qkv_proj")(x_BTD)
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTMH, [c.heads, c.heads + c.kv_heads], 2)
+            return q_BTNH, k_BTKH, v_BTKH
+        return (
+            Linear("btd,dnh->btnh", "embed -> heads head", c.dims, bias, name="q_proj")(x_BTD),
+            Linear("btd,dkh->btkh", "embed -> kv_heads head", c.dims, bias, name="k_proj")(x_BTD),
+            Linear("btd,dkh->btkh", "embed -> kv_heads head", c.dims, bias, name="v_proj")(x_BTD),
+        )
 
 
 class Mlp(nn.Module):
-    """The gated feed-forward part (SwiGLU, Shazeer, 2020)."""
+    """The gated feed-forward part (GLU variants, Shazeer, 2020)."""
 
     c: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         c, bias = self.c, self.c.mlp_bias
-        gate_BTF = Linear("btd,df->btf", "embed -> mlp", c.dims, bias, name="gate_proj")(x_BTD)
-        up_BTF = Linear("btd,df->btf", "embed -> mlp", c.dims, bias, name="up_proj")(x_BTD)
-        return Linear("btf,fd->btd", "mlp -> embed", c.dims, bias, name="down_proj")(jax.nn.silu(gate_BTF) * up_BTF)
+        if c.fused:
+            both_BTcF = Linear("btd,dcf->btcf", "embed -> gate_up mlp", c.dims, bias, name="gate_up_proj")(x_BTD)
+            gate_BTF, up_BTF = both_BTcF[:, :, 0], both_BTcF[:, :, 1]
+        else:
+            gate_BTF = Linear("btd,df->btf", "embed -> mlp", c.dims, bias, name="gate_proj")(x_BTD)
+            up_BTF = Linear("btd,df->btf", "embed -> mlp", c.dims, bias, name="up_proj")(x_BTD)
+        hidden_BTF = ACTIVATIONS[c.act](gate_BTF) * up_BTF
+        return Linear("btf,fd->btd", "mlp -> embed", c.dims, bias, name="down_proj")(hidden_BTF)
 
 
 class Block(nn.Module):
-    """One layer; `where` says at which positions and segments the tokens stand."""
+    """One layer. Gives its keys and values, and how its router chose, beside the hidden states."""
 
     c: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Array, cache: Any, where: Any) -> tuple[Array, Any]:
-        eps = self.c.norm_eps
-        a_BTD, cache = Attention(self.c, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x_BTD), cache, where)
-        x_BTD = x_BTD + a_BTD
-        x_BTD = x_BTD + Mlp(self.c, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x_BTD))
-        return constrain(x_BTD), cache
+    def __call__(self, x_BTD: Array, own: Own, where: Where) -> tuple[Array, tuple[Any, Any]]:
+        c, names = self.c, NORMS[self.c.norms]
+
+        def norm(name: str | None, x_BTD: Array) -> Array:
+            return x_BTD if name is None else c.norm(name)(x_BTD)
+
+        a_BTD, cache = Attention(c, name="self_attn")(norm(names.attention_in, x_BTD), own, where)
+        x_BTD = x_BTD + norm(names.attention_out, a_BTD) * c.residual_scale
+        h_BTD, routed = norm(names.mlp_in, x_BTD), None
+        if c.experts:
+            moe = Moe(c.dims, ACTIVATIONS[c.act], c.top_k, c.normalise_top_k, name="mlp")
+            m_BTD, routed = moe(h_BTD, where.q_segment_BT)
+        else:
+            m_BTD = Mlp(c, name="mlp")(h_BTD)
+        x_BTD = x_BTD + norm(names.mlp_out, m_BTD) * c.residual_scale
+        return constrain(x_BTD), (cache, routed)
 
 
 class Decoder(nn.Module):
@@ -137,16 +272,30 @@ class Decoder(nn.Module):
             k_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_BT, start, 1)
         embed = Embed(c.dims, jnp.dtype(c.dtype), name="embed_tokens")
         x_BTD = constrain(embed(ids_BT))
-        where = (rope_tables(c.rope, position_BT), segment_BT, k_segment_BS, start)
-        layers = {}
-        for name, group in stack(Block, c.groups or (c.layers,), c.remat, c):
-            x_BTD, layers[name] = group(x_BTD, cache.layers[name] if cache else None, where)
-        x_BTD = RMSNorm(c.norm_eps, name="norm")(x_BTD)
+        if c.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
+        where = Where(rope_tables(c.ropes, position_BT, segment_BT), segment_BT, k_segment_BS, start)
+        rope_L = np.array(c.rope_of, np.int32) if len(set(c.rope_of)) > 1 else None
+        window_L = np.array([w or 2**30 for w in c.windows], np.int32) if len(set(c.windows)) > 1 else None
+        layers, routed, first = {}, [], 0
+        groups = c.groups or (c.layers,)
+        for count, (name, group) in zip(groups, stack(Block, groups, c.remat, c), strict=True):
+            here = slice(first, first + count)
+            rope, window = (None if x is None else jnp.asarray(x[here]) for x in (rope_L, window_L))
+            own = Own(cache.layers[name] if cache else None, rope, window)
+            x_BTD, (layers[name], chose) = group(x_BTD, own, where)
+            routed.append(chose)
+            first += count
+        x_BTD = c.norm("norm")(x_BTD)
         if cache is not None:
             cache = Cache(layers, k_segment_BS, start + ids_BT.shape[1])
-        if c.tied:
-            return Outputs(x_BTD, embed.weight, "btd,vd->btv"), cache
-        return Outputs(x_BTD, Head(c.dims, name="lm_head")(), "btd,dv->btv"), cache
+        loss = None
+        if c.experts:
+            taken_E, p_E = (sum(x.sum(0) for x in xs) for xs in zip(*routed, strict=True))
+            loss = balance(taken_E, p_E, c.layers * (segment_BT > 0).sum())
+        readout = Readout("btd,vd->btv" if c.tied else "btd,dv->btv", c.logit_scale, c.logit_softcap, c.vocab)
+        head = embed.weight if c.tied else Head(c.dims, name="lm_head")()
+        return Outputs(x_BTD, head, readout, loss), cache
 
 
 def abstract_weights(c: DecoderConfig) -> Any:

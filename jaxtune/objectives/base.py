@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.layers import Outputs
-from jaxtune.weights import Array, einsum
+from jaxtune.layers import Outputs, Readout
+from jaxtune.weights import Array
 
 LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
 
@@ -38,7 +38,7 @@ def cross_entropy(outputs: Outputs, target_BT: Array, weight_BT: Array) -> tuple
     """
     C = _chunks(outputs, target_BT.shape)
     hidden_CBcD, target_CBc, weight_CBc = (_split(x, C) for x in (outputs.hidden_BTD, target_BT, weight_BT))
-    return _sums(outputs.eqn, hidden_CBcD, outputs.head, target_CBc, weight_CBc)
+    return _sums(outputs.readout, hidden_CBcD, outputs.head, target_CBc, weight_CBc)
 
 
 def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
@@ -73,10 +73,10 @@ def _statistics(logits_BcV: Array, target_Bc: Array) -> _Statistics:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(eqn: str, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc: Array) -> tuple[Array, Array]:
+def _sums(readout: Readout, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc: Array) -> tuple[Array, Array]:
     def body(sums: tuple[Array, Array], chunk: tuple) -> tuple[tuple[Array, Array], None]:
         hidden_BcD, target_Bc, weight_Bc = chunk
-        logits_BcV = einsum(eqn, hidden_BcD, head).astype(jnp.float32)
+        logits_BcV = readout(hidden_BcD, head)
         hit_Bc = logits_BcV.argmax(-1) == target_Bc
         loss_Bc = _statistics(logits_BcV, target_Bc).loss_Bc
         return (sums[0] + (weight_Bc * loss_Bc).sum(), sums[1] + (weight_Bc * hit_Bc).sum()), None
@@ -84,7 +84,7 @@ def _sums(eqn: str, hidden_CBcD: Array, head: Any, target_CBc: Array, weight_CBc
     return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (hidden_CBcD, target_CBc, weight_CBc))[0]
 
 
-def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc: Any) -> tuple[Any, Any]:
+def _forward(readout: Readout, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc: Any) -> tuple[Any, Any]:
     """Sums, and the gradients of the loss with respect to the hidden states and the trained leaves of the head."""
     leaves, tree = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
     trained = [x.perturbed and jnp.issubdtype(x.value.dtype, jnp.floating) for x in leaves]
@@ -94,7 +94,7 @@ def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc:
     def logits_of(hidden_BcD: Array, some: list[Array]) -> Array:
         left = iter(some)
         mixed = [next(left) if t else v for t, v in zip(trained, values, strict=True)]
-        return einsum(eqn, hidden_BcD, jax.tree.unflatten(tree, mixed)).astype(jnp.float32)
+        return readout(hidden_BcD, jax.tree.unflatten(tree, mixed))
 
     def body(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
         hidden_BcD, target_Bc, weight_Bc = chunk
@@ -114,7 +114,7 @@ def _forward(eqn: str, hidden_CBcD: Any, head: Any, target_CBc: Any, weight_CBc:
     return sums, (d_hidden_CBcD, jax.tree.unflatten(tree, d_head))
 
 
-def _backward(eqn: str, saved: tuple[Array, Any], cotangents: tuple) -> tuple[Array, Any, None, None]:
+def _backward(readout: Readout, saved: tuple[Array, Any], cotangents: tuple) -> tuple[Array, Any, None, None]:
     scale = cotangents[0]  # of the loss; the hits have none
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         scale = jnp.float32(0)

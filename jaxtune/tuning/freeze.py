@@ -3,7 +3,7 @@
 from jaxtune.config import Freeze
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning.method import FROZEN, Method, covering, decoder_names, leave
+from jaxtune.tuning.method import FROZEN, Method, covering, decoder_names, leave, named
 
 
 def method(tuning: Freeze, decoder: DecoderConfig) -> Method:
@@ -15,11 +15,7 @@ def method(tuning: Freeze, decoder: DecoderConfig) -> Method:
     L = decoder.layers
     if tuning.last > L:
         raise UserError(f"tuning.last={tuning.last}: the model has {L} layers")
-    aliases = {
-        "head": "^embed_tokens/" if decoder.tied else "^lm_head/",
-        "embeddings": "^embed_tokens/",
-    }
-    patterns = [aliases.get(p, p) for p in tuning.train]
+    patterns = named(tuning.train, decoder.tied)
     covering(patterns, decoder_names(decoder), "tuning.train")
     layers = "|".join(str(i) for i in range(L - tuning.last, L))
     rules = [(p, "train") for p in patterns]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtune.config import Lora
 from jaxtune.layers import Weight
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning.method import FROZEN, Method, covering, decoder_names
+from jaxtune.tuning.method import FROZEN, Method, covering, decoder_names, named
 from jaxtune.weights import Array, LoRA
 
 _WEIGHT = "/weight"
@@ -22,19 +22,25 @@ _NORM = re.compile(r"norm/weight$")
 def method(tuning: Lora, decoder: DecoderConfig) -> Method:
     """Adapters on the weights that `tuning.targets` names: all matrices of the layers, or regexes on names.
 
+    What `tuning.train` names trains whole, without an adapter.
+
     Raises:
-      UserError: a pattern matches no matrix.
+      UserError: a pattern matches nothing that it can.
     """
+    every = decoder_names(decoder)
     patterns = [r"^layers/"] if tuning.targets == "all-linear" else _listed(tuning.targets)
-    names = [n.removesuffix(_WEIGHT) for n in decoder_names(decoder) if targetable(n)]
-    covering(patterns, names, "tuning.targets")
+    names = [n for n in every if targetable(n) or (n.startswith("embed_tokens") and not decoder.tied)]
+    covering(patterns, [n.removesuffix(_WEIGHT) for n in names], "tuning.targets")
+    whole = named(tuning.train, decoder.tied)
+    covering(whole, [n for n in every if n.endswith(_WEIGHT)], "tuning.train")
 
     def wrap(name: str, w: Weight, key: Array) -> Weight | LoRA:
-        if not targetable(name) or not any(re.search(p, name.removesuffix(_WEIGHT)) for p in patterns):
+        mine = name in names and any(re.search(p, name.removesuffix(_WEIGHT)) for p in patterns)
+        if not mine or any(re.search(p, name) for p in whole):
             return w
         return adapter(w, tuning.rank, tuning.scale, tuning.dropout, key)
 
-    return Method(wrap, [(r"/weight/(a|b)$", "train"), ("", FROZEN)])
+    return Method(wrap, [(r"/(a|b)$", "train"), *[(f"{p}(?!.*/bias$)", "train") for p in whole], ("", FROZEN)])
 
 
 def _listed(targets: str | list[str]) -> list[str]:
@@ -42,18 +48,22 @@ def _listed(targets: str | list[str]) -> list[str]:
 
 
 def targetable(name: str) -> bool:
-    """Whether a weight is a matrix of a linear module; the embedding table is none (it is looked up)."""
-    return name.endswith(_WEIGHT) and not _NORM.search(name) and not name.startswith("embed_tokens")
+    """Whether a weight is a matrix of a linear module or of experts; routers and the embedding table are none."""
+    matrix = name.endswith(_WEIGHT) and not _NORM.search(name) and not name.endswith("/mlp/gate/weight")
+    return (matrix and not name.startswith("embed_tokens")) or "/experts/" in name
 
 
 def adapter(w: Weight, rank: int, scale: float, dropout: float, key: Array) -> LoRA:
     """A fresh adapter on a weight: A uniform in ±1/√in as peft draws it, B zero, so that nothing changes at first."""
-    s = int(w.stacked)
+    s = w.lead
     shape, axes = w.value.shape, w.names
     lead, into, out = shape[:s], shape[s : s + w.n_in], shape[s + w.n_in :]
     bound = prod(into) ** -0.5
-    a = jax.random.uniform(key, (*lead, *into, rank), jnp.float32, -bound, bound)
-    b = jnp.zeros((*lead, rank, *out), jnp.float32)
+    if axes[s] == "vocab":  # peft's way with a table
+        a, b = jnp.zeros((*into, rank), jnp.float32), jax.random.normal(key, (rank, *out), jnp.float32)
+    else:
+        a = jax.random.uniform(key, (*lead, *into, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*lead, rank, *out), jnp.float32)
     return LoRA(
         w,
         Weight(a, (*axes[: s + w.n_in], "rank"), n_in=w.n_in),

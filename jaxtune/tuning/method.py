@@ -124,6 +124,12 @@ def covering(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
             raise UserError(f"{key}: pattern {p!r} matches no weight; there are {', '.join(some)}")
 
 
+def named(patterns: Sequence[str], tied: bool) -> list[str]:
+    """Patterns, with what "head" and "embeddings" mean in their place."""
+    aliases = {"head": "^embed_tokens/" if tied else "^lm_head/", "embeddings": "^embed_tokens/"}
+    return [aliases.get(p, p) for p in patterns]
+
+
 def decoder_names(decoder: DecoderConfig) -> list[str]:
     """The plain names of a decoder's weights."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_weights(decoder), is_leaf=is_weight)

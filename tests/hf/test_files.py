@@ -141,7 +141,7 @@ def test_old_buffers_are_passed_over_and_twins_must_agree(tiny, tmp_path):
         draw(change(tiny, tmp_path / "2", differ))
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"tied": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True}])
 def test_a_folder_comes_back_bit_by_bit(tmp_path, changes):
     folder = write_tiny(tmp_path / "m", **changes)
     b = draw(folder)

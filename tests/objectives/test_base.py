@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.layers import Outputs
+from jaxtune.layers import Outputs, Readout
 from jaxtune.objectives import base, pretrain, sft
 from jaxtune.weights import LoRA, densify
 
@@ -30,7 +30,7 @@ def problem(request, monkeypatch):
 
 
 def loss(hidden, head, target, weight):
-    return base.cross_entropy(Outputs(hidden, head, "btd,dv->btv"), target, weight)[0]
+    return base.cross_entropy(Outputs(hidden, head, Readout("btd,dv->btv")), target, weight)[0]
 
 
 def test_value_and_gradients_equal_the_plain_formula(problem):
@@ -45,7 +45,7 @@ def test_value_and_gradients_equal_the_plain_formula(problem):
 
 def test_a_tied_head_and_a_head_under_an_adapter(problem):
     hidden, w, target, weight = problem
-    tied = base.cross_entropy(Outputs(hidden, w.T, "btd,vd->btv"), target, weight)[0]
+    tied = base.cross_entropy(Outputs(hidden, w.T, Readout("btd,vd->btv")), target, weight)[0]
     assert float(tied) == pytest.approx(float(reference(*problem)), rel=1e-5)
     a, b = normal(4, D, 2), normal(5, 2, V)
 
@@ -104,7 +104,7 @@ def test_hits_and_pretraining():
         "segment_BT": jnp.ones((1, 4), jnp.int32),
         "loss_mask_BT": jnp.array([[0, 0, 0, 1]]),
     }
-    outputs = Outputs(hidden, w, "btd,dv->btv")
+    outputs = Outputs(hidden, w, Readout("btd,dv->btv"))
     _, count, metrics = sft.objective(outputs, batch)
     assert (float(count), float(metrics["hits"])) == (1, 0)
     _, count, metrics = pretrain.objective(outputs, batch)
@@ -113,9 +113,9 @@ def test_hits_and_pretraining():
 
 def test_ties_are_hits_in_training_alone():
     hidden, w = jnp.ones((1, 4, 2)), jnp.zeros((2, 5))
-    outputs, target = Outputs(hidden, w, "btd,dv->btv"), jnp.array([[0, 1, 2, 3]])
+    outputs, target = Outputs(hidden, w, Readout("btd,dv->btv")), jnp.array([[0, 1, 2, 3]])
     assert float(base.cross_entropy(outputs, target, jnp.ones((1, 4)))[1]) == 1
     _, hits = jax.value_and_grad(
-        lambda h: base.cross_entropy(Outputs(h, w, "btd,dv->btv"), target, jnp.ones((1, 4))), has_aux=True
+        lambda h: base.cross_entropy(Outputs(h, w, Readout("btd,dv->btv")), target, jnp.ones((1, 4))), has_aux=True
     )(hidden)[0]
     assert float(hits) == 4

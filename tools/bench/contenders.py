@@ -28,7 +28,7 @@ def write_inputs(folder: Path) -> None:
     c = DecoderConfig(
         vocab=SIZES["vocab_size"], embed=SIZES["hidden_size"], layers=SIZES["num_hidden_layers"],
         heads=SIZES["num_attention_heads"], kv_heads=SIZES["num_key_value_heads"], head=SIZES["head_dim"],
-        mlp=SIZES["intermediate_size"], rope=Rope(SIZES["head_dim"], context=2048),
+        mlp=SIZES["intermediate_size"], ropes=(Rope(SIZES["head_dim"], context=2048),),
     )  # fmt: skip
     write_random_model(folder / "model", c, seed=0)
     for f in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,0 +1,189 @@
+"""Every family beside transformers: logits, hidden states by layer, gradients, generation, round trips."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxtune import blueprint
+from jaxtune.generate import Sampling
+from jaxtune.hf import files
+from jaxtune.models import families as ours
+from jaxtune.models.decoder import Decoder
+from jaxtune.tuned import open_model, write_model
+from tests.parity.families import FAMILIES, V, write
+
+T = 48  # past the original context of every scaled rope here
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family") / "m"
+    model = write(folder, request.param)
+    return model, open_model(str(folder)), folder
+
+
+def run(opened, ids, segment=None, position=None, weights=None):
+    segment = np.ones_like(ids) if segment is None else segment
+    position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if position is None else position
+    weights = opened.weights if weights is None else weights
+    return opened.blueprint.model.apply({"params": weights}, ids, segment, position)[0]
+
+
+def off(got, want):
+    """The largest difference, on the scale of what is wanted."""
+    got, want = np.asarray(got), np.asarray(want)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def by_layer(model, opened, ids):
+    """For the message of a failure: how far the hidden states are off after each layer."""
+    with torch.no_grad():
+        states = model(torch.tensor(ids), output_hidden_states=True).hidden_states
+    whole = opened.weights[f"layers_0-{opened.blueprint.decoder.layers - 1}"]
+    told = []
+    for n in range(1, opened.blueprint.decoder.layers):
+        c = opened.blueprint.decoder
+        c = dataclasses.replace(c, layers=n, groups=(), windows=c.windows[:n], rope_of=c.rope_of[:n])
+        weights = {k: v for k, v in opened.weights.items() if not k.startswith("layers_")}
+        weights[f"layers_0-{n - 1}"] = jax.tree.map(lambda x, n=n: x[:n], whole)
+        at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        _, seen = Decoder(c).apply(
+            {"params": weights}, ids, np.ones_like(ids), at, capture_intermediates=True, mutable=["intermediates"]
+        )
+        after = seen["intermediates"][f"layers_0-{n - 1}"]["__call__"][0][0]
+        told.append(f"layer {n - 1}: {off(after, states[n]):.1e}")
+    return ", ".join(told)
+
+
+def test_logits(case):
+    model, opened, _ = case
+    ids = np.random.default_rng(0).integers(3, V, (2, T))
+    with torch.no_grad():
+        want = model(torch.tensor(ids)).logits.numpy()
+    got = run(opened, ids).logits()
+    assert off(got, want) < 2e-5, by_layer(model, opened, ids)
+
+
+def test_it_can_tell_which_layer_differs(case):
+    model, opened, _ = case
+    ids = np.random.default_rng(0).integers(3, V, (1, T))
+    told = [float(x.split(": ")[1]) for x in by_layer(model, opened, ids).split(", ")]
+    assert len(told) == 2
+    assert max(told) < 1e-4
+
+
+def test_gradients(case):
+    """Of the loss with respect to every weight, within 1e-4 on the scale of that weight's gradient."""
+    model, opened, _ = case
+    ids = np.random.default_rng(1).integers(3, V, (2, T))
+    labels = torch.tensor(ids)
+    model.zero_grad()
+    model(labels, labels=labels).loss.backward()
+    b = opened.blueprint
+
+    def loss(weights):
+        logp = jax.nn.log_softmax(run(opened, ids, weights=weights).logits()[:, :-1])
+        return -jnp.take_along_axis(logp, ids[:, 1:, None], -1).mean()
+
+    grads = blueprint.boxed(b, jax.jit(jax.grad(loss))(opened.weights))
+    got = {n: e.data() for n, e in files.entries(grads, np.dtype("float32"), b.decoder.family).items()}
+    want = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    want = in_file_names(want, b.decoder.family)
+    assert set(want) == set(got)
+    for n, g in want.items():
+        assert off(got[n], g) < 1e-4, n
+
+
+def in_file_names(named, family):
+    """Transformers' parameters as its files have them: experts one by one."""
+    out = {}
+    for n, x in named.items():
+        experts = ours.FAMILIES[family].experts
+        if experts is not None:
+            n = n.replace(".mlp.", f".{experts.block}.")
+        if ".experts." not in n:
+            out[n] = x
+            continue
+        module, matrix = n.rsplit(".", 1)
+        for e, w in enumerate(x):
+            names = (experts.gate, experts.up) if matrix == "gate_up_proj" else (experts.down,)
+            out |= {f"{module}.{e}.{p}.weight": y for p, y in zip(names, np.split(w, len(names)), strict=True)}
+    return out
+
+
+def test_greedy_generation_of_64_tokens(case):
+    model, opened, _ = case
+    prompts = ["the fox", "1 + 2 = 3 and the fox eats berries"]
+    got = opened.generator.generate(prompts, Sampling(64))
+    for p, g in zip(prompts, got, strict=True):
+        ids = torch.tensor([opened.tokenizer(p, add_special_tokens=False).input_ids])
+        out = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=2)
+        want = out[0, ids.shape[1] :].tolist()
+        assert g.ids == (want[: want.index(2)] if 2 in want else want)
+
+
+def test_packed_is_unpacked(case):
+    _, opened, _ = case
+    rng = np.random.default_rng(2)
+    a, b = rng.integers(3, V, (1, 29)), rng.integers(3, V, (1, 13))
+    segment = np.array([[1] * 29 + [2] * 13 + [0] * 6])
+    position = np.array([[*range(29), *range(13), *[0] * 6]])
+    packed = np.asarray(run(opened, np.concatenate([a, b, np.zeros((1, 6), int)], 1), segment, position).logits())
+    assert off(packed[:, :29], run(opened, a).logits()) < 2e-5
+    assert off(packed[:, 29:42], run(opened, b).logits()) < 2e-5
+
+
+def test_no_token_sees_what_comes_after_it(case):
+    _, opened, _ = case
+    rng = np.random.default_rng(3)
+    ids = rng.integers(3, V, (1, T))
+    want = np.asarray(run(opened, ids).logits())
+    c = opened.blueprint.decoder
+    for t in (0, 5, T // 2, T - 2):
+        changed = ids.copy()
+        changed[:, t + 1 :] = rng.integers(3, V, (1, T - t - 1))
+        got = np.asarray(run(opened, changed).logits())
+        if not any(r is not None and r.kind in ("dynamic", "longrope") for r in c.ropes):
+            np.testing.assert_array_equal(got[:, : t + 1], want[:, : t + 1])
+        assert off(got[:, : t + 1], want[:, : t + 1]) < 1e-5
+        assert off(got[:, t + 1 :], want[:, t + 1 :]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_round_trip_is_exact(tmp_path, name, dtype):
+    """Every tensor in its own dtype under its own name, every other file byte for byte."""
+    write(tmp_path / "m", name, dtype)
+    (tmp_path / "m" / "LICENSE").write_text("as is")
+    write_model(str(tmp_path / "m"), tmp_path / "out")
+    before, after = files.read_folder(tmp_path / "m"), files.read_folder(tmp_path / "out")
+    assert set(before) == set(after)
+    for n, t in before.items():
+        assert t.dtype == after[n].dtype
+        np.testing.assert_array_equal(t.open().view(np.uint8), after[n].open().view(np.uint8))
+    others = {f.name for f in (tmp_path / "m").iterdir() if not f.name.endswith(".safetensors")}
+    assert others == {f.name for f in (tmp_path / "out").iterdir() if not f.name.endswith(".safetensors")}
+    for f in others:
+        assert (tmp_path / "m" / f).read_bytes() == (tmp_path / "out" / f).read_bytes()
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_config_json_both_ways(case):
+    """What is written from our config, transformers reads as the same model and we as the same config."""
+    model, _, folder = case
+    c = ours.from_hf(json.loads((folder / "config.json").read_text()))
+    written = ours.to_hf(c)
+    assert ours.from_hf(written) == c
+    again = transformers.AutoConfig.for_model(**{k: v for k, v in written.items() if k != "architectures"})
+    other = type(model)(again).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    ids = torch.tensor(np.random.default_rng(0).integers(3, V, (1, T)))
+    with torch.no_grad():
+        assert off(other(ids).logits, model(ids).logits) < 1e-5
