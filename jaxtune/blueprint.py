@@ -90,7 +90,7 @@ def draw(
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
     weights = tuning.cast(wrapped, labels, compute_dtype)
-    stored: Mapping[str, load.Stored] = files.read_folder(folder)
+    stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     names = set(stored)
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family)
@@ -185,13 +185,12 @@ def full_tensors(
     return out
 
 
-def patch_config(folder: Path, b: Blueprint, dtype: str | None = None) -> None:
-    """Change in a copied config.json what is no longer so: the number of tokens, the dtype. Else it stays as it is."""
-    hf = read_config(folder)
-    changed: dict[str, Any] = {"vocab_size": b.decoder.vocab} if b.decoder.vocab != hf["vocab_size"] else {}
+def write_config(folder: Path, hf: Mapping[str, Any], vocab: int, dtype: str | None = None) -> None:
+    """Write config.json where it is not there as it should be: with the number of tokens, and the dtype if given."""
+    changed: dict[str, Any] = {"vocab_size": vocab}
     if dtype is not None:
         changed["dtype" if "dtype" in hf else "torch_dtype"] = dtype
-    if changed.items() - hf.items():
+    if not (folder / "config.json").exists() or any(hf.get(k) != v for k, v in changed.items()):
         (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 
 

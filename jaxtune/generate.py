@@ -85,7 +85,7 @@ def choose(logits_BV: Array, seen_BV: Array, key_B: Array, s: Sampling) -> Array
 def _prefill(model: Decoder, weights: Any, ids_BT: Array, segment_BT: Array, size: int, key_B: Array) -> _Decoding:
     c = model.c
     B = ids_BT.shape[0]
-    groups = {name: int(w["input_layernorm"]["weight"].shape[0]) for name, w in weights.items() if "layers_" in name}
+    groups = {name: jax.tree.leaves(w)[0].shape[0] for name, w in weights.items() if "layers_" in name}
     position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
     outputs, cache = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, Cache.empty(groups, c, B, size))
     seen_BV = jnp.zeros((B, c.rows), bool).at[jnp.arange(B)[:, None], ids_BT].max(segment_BT > 0)

@@ -174,13 +174,9 @@ def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:
       UserError: the tokenizer is larger than the model's table, which is not to grow.
     """
     tokenizer.add(words, c.add, c.special)
-    wanted = tokenizer.size(words)
-    if wanted > rows and not (c.grow or c.add or c.special):
-        raise UserError(
-            f"{place}: the tokenizer has {wanted} tokens, the model {rows} embeddings; take the tokenizer that belongs "
-            "to the model, or set vocabulary.grow=true"
-        )
-    return max(rows, wanted)
+    if not (c.grow or c.add or c.special):
+        tokenizer.check_size(words, rows, place)
+    return max(rows, tokenizer.size(words))
 
 
 def _tables_train(b: Blueprint) -> bool:

@@ -381,7 +381,7 @@ def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any)
     for count in groups:
         module = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=count,

@@ -48,6 +48,33 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.1f} GiB"
 
 
+class Progress:
+    """How much of some bytes is done: a live line in a terminal, else one line for each tenth."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self._began, self._shown = max(total, 1), 0, time.perf_counter(), 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stdout.isatty() and self.done:
+            print(flush=True)
+
+    def add(self, n_bytes: int) -> None:
+        """This many more are done."""
+        self.done += n_bytes
+        now, share = time.perf_counter(), self.done / self.total
+        live = sys.stdout.isatty()
+        if share < 1 and (now - self._shown < 0.1 if live else int(10 * share) == int(10 * self._shown)):
+            return
+        self._shown = now if live else share
+        rate = self.done / max(now - self._began, 1e-9)
+        left = duration((self.total - self.done) / max(rate, 1e-9))
+        line = f"{size(self.done)} of {size(self.total)}  {100 * share:.0f} %  {size(rate)}/s  {left} left"
+        print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
+
+
 def table(rows: Sequence[tuple[str, str]]) -> None:
     """Names and values in two columns."""
     width = max(len(name) for name, _ in rows)

@@ -227,7 +227,7 @@ def write_export(
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))
-            blueprint.patch_config(folder, b)
+            blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder.vocab)
         if grown:
             words = tokenizer.load(b.folder)
             tokenizer.add(words, c.vocabulary.add, c.vocabulary.special)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxtune import blueprint, config, evaluate, job, log, run, sharding
 from jaxtune.blueprint import Blueprint
@@ -19,7 +18,7 @@ from jaxtune.data import encode, formats
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
 from jaxtune.generate import Generator, Sampling
-from jaxtune.hf import adapters, files, tokenizer
+from jaxtune.hf import adapters, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
@@ -175,27 +174,6 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
     weights = tuning_method.join(restored["trainable"], frozen)
     return Opened(b, blueprint.boxed(b, weights), b.folder, template)
-
-
-def write_model(source: str, target: Path, adapter: str | None = None, dtype: str | None = None) -> None:
-    """Write a run, export, adapter or model folder as one whole Hugging Face folder, adapters merged.
-
-    Raises:
-      UserError: the source cannot be opened, or the target exists.
-    """
-    names = {"float32": np.dtype("float32"), "bfloat16": files.DTYPES["BF16"], "float16": np.dtype("float16")}
-    if dtype is not None and dtype not in names:
-        raise UserError(f"--dtype {dtype!r} is not known; allowed: {', '.join(names)}")
-    mesh = sharding.make_mesh(config.Mesh())
-    with jax.set_mesh(mesh):
-        b, weights, side, template = open_weights(source, adapter, None, mesh, base=False)
-    with files.whole(target) as folder:
-        files.copy_files(b.folder, folder, [*files.SIDE_FILES, *files.LICENCE_FILES])
-        files.copy_files(side, folder, [f for f in files.SIDE_FILES if f != "config.json"])
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template)
-        files.write_folder(folder, blueprint.full_tensors(b, weights, names[dtype] if dtype else None))
-        blueprint.patch_config(folder, b, dtype)
 
 
 def predict(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import jaxtune
-from jaxtune import tuned
+from jaxtune import convert
 from jaxtune.hf import files
 from jaxtune.layers import Rope
 from jaxtune.models import families
@@ -185,7 +185,7 @@ def main() -> None:
             checkpoint={"every": 10_000},
         )
         shutil.rmtree(args.output / "model", ignore_errors=True)
-        tuned.write_model(str(run.folder / "export"), args.output / "model", dtype="bfloat16")
+        convert.write_model(str(run.folder / "export"), args.output / "model", dtype="bfloat16")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The format is eight bytes of header length, a JSON header, and raw little-endian
 """
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -37,8 +38,8 @@ DTYPES = {
     "U8": np.dtype("uint8"),
     "BOOL": np.dtype("bool"),
 }
-_NAMES = {v: k for k, v in DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
+NAMES = {v: k for k, v in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
@@ -95,32 +96,6 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a model folder, `model.safetensors` or shards with their index.
-
-    Raises:
-      UserError: there are no safetensors, or a file is missing or damaged.
-    """
-    if (index := folder / _INDEX).exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            if not all(isinstance(x, str) for pair in weight_map.items() for x in pair):
-                raise TypeError("weight_map should map names to files")
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{index}: the index is damaged ({e!r}); copy or download the file again") from e
-        tensors: dict[str, Tensor] = {}
-        for shard in sorted(set(weight_map.values())):
-            tensors |= read_header(inside(folder, shard))
-        if missing := sorted(set(weight_map) - set(tensors)):
-            raise UserError(f"{index}: names tensors that no shard holds: {', '.join(missing[:5])}")
-        return tensors
-    if (single := folder / "model.safetensors").exists():
-        return read_header(single)
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise UserError(f"{folder}: weights are pickles, which are not read; convert them to safetensors first")
-    raise UserError(f"{folder}: no model.safetensors and no {_INDEX}; is this a Hugging Face model folder?")
-
-
 def inside(root: Path, name: str) -> Path:
     """`root/name`, refused where it leads out of `root`."""
     path = (root / name).resolve()
@@ -139,6 +114,10 @@ class Entry(NamedTuple):
     dtype: np.dtype
     data: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
 
 def entries(weights: Any, dtype: np.dtype, family: str) -> dict[str, Entry]:
     """The Hugging Face tensors of a tree of `Weight`s with plain arrays: of a model that has no base folder."""
@@ -153,49 +132,101 @@ def entries(weights: Any, dtype: np.dtype, family: str) -> dict[str, Entry]:
     return out
 
 
-def write(file: Path, tensors: Mapping[str, Entry]) -> None:
-    """Write one safetensors file as transformers expects it, holding one tensor in memory at a time."""
+def checked(name: str, entry: Entry) -> np.ndarray:
+    """The data of an entry.
+
+    Raises:
+      UserError: it holds NaN or infinity.
+    """
+    data = entry.data()
+    if data.shape != entry.shape or data.dtype != entry.dtype:
+        raise ValueError(f"{name}: made {data.dtype}{data.shape}, announced {entry[:2]}")
+    if not finite(data):
+        raise UserError(f"{name}: holds NaN or infinity in {data.dtype}; mend the weights, or choose a wider dtype")
+    return data
+
+
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite; other than floats always are.
+
+    >>> finite(np.ones(3, np.float16)), finite(np.array([1.0, np.inf], np.float32))
+    (True, False)
+    """
+    if (mask := _EXPONENTS.get(x.dtype.name)) is not None:  # numpy has no quick test for half precision
+        return not bool(((x.view(np.uint16) & mask) == mask).any())
+    return bool(np.isfinite(x).all()) if x.dtype.kind == "f" else True
+
+
+def _header(tensors: Mapping[str, Entry]) -> tuple[bytes, list[str]]:
+    """The first bytes of a file of these tensors, and their order in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))  # the library's order: aligned data
     for name in order:
         t = tensors[name]
-        stop = offset + prod(t.shape) * t.dtype.itemsize
-        header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, stop]}
-        offset = stop
+        header[name] = {
+            "dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes],
+        }  # fmt: skip
+        offset += t.nbytes
     blob = json.dumps(header, separators=(",", ":")).encode()
     blob += b" " * (-len(blob) % 8)
-    with file.open("wb") as f:
-        f.write(len(blob).to_bytes(8, "little") + blob)
+    return len(blob).to_bytes(8, "little") + blob, order
+
+
+def write(file: Path, tensors: Mapping[str, Entry], said: Callable[[int], None] = lambda n: None) -> None:
+    """Write one safetensors file as transformers expects it, holding one tensor in memory at a time.
+
+    The file appears when it is whole; one that is there already with the same tensors is left. `said` is told how many
+    bytes were written.
+
+    Raises:
+      UserError: a tensor holds NaN or infinity.
+    """
+    head, order = _header(tensors)
+    total = sum(t.nbytes for t in tensors.values())
+    if file.exists() and file.stat().st_size == len(head) + total:
+        with file.open("rb") as f:
+            if f.read(len(head)) == head:
+                return said(total)
+    half = file.with_name(f"{file.name}.part")
+    with half.open("wb") as f:
+        f.write(head)
         for name in order:
-            data = np.asarray(tensors[name].data(), order="C")
-            if data.shape != tensors[name].shape or data.dtype != tensors[name].dtype:
-                raise ValueError(f"{name}: made {data.dtype}{data.shape}, announced {tensors[name][:2]}")
+            data = np.asarray(checked(name, tensors[name]), order="C")
             f.write(data.reshape(-1).view(np.uint8).data)
+            said(data.nbytes)
         f.flush()
         os.fsync(f.fileno())
+    half.rename(file)
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, Entry],
+    shard_bytes: int = SHARD_BYTES,
+    said: Callable[[int], None] = lambda n: None,
+) -> None:
     """Write `model.safetensors`, or shards and their index where it would be larger than `shard_bytes`."""
     shards: list[dict[str, Entry]] = [{}]
     filled = total = 0
     for name, t in tensors.items():
-        size = prod(t.shape) * t.dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and filled + t.nbytes > shard_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = t
-        filled, total = filled + size, total + size
+        filled, total = filled + t.nbytes, total + t.nbytes
     if len(shards) == 1:
-        return write(folder / "model.safetensors", shards[0])
+        return write(folder / "model.safetensors", shards[0], said)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / file, shard)
+        write(folder / file, shard, said)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -223,6 +254,44 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
             old.rename(folder)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+    """As `whole`, but what is there stays when the process is killed, and is gone on with when `about` is the same.
+
+    Raises:
+      UserError: the folder exists already, another process writes it, or the disk is full (what is there stays).
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    half = folder.with_name(f".{folder.name}.partial")
+    half.mkdir(parents=True, exist_ok=True)
+    note = half / ".about.json"
+    with (half / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{folder}: another process writes it; wait for it or choose another folder") from e
+        wanted = json.dumps(about, sort_keys=True)
+        if not note.exists() or note.read_text() != wanted:  # begun from something else
+            for stale in half.iterdir():
+                if stale.name != ".lock":
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            note.write_text(wanted)
+        try:
+            yield half
+        except OSError as e:
+            place = f"what is written stays in {half.name}"
+            raise UserError(f"{folder}: cannot write ({e.strerror or e}); {place}, run it again to go on") from e
+        except Exception:
+            shutil.rmtree(half)
+            raise
+        note.unlink()
+        (half / ".lock").unlink()
+        if folder.exists():
+            folder.rmdir()
+        half.rename(folder)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -20,8 +20,8 @@ from jaxtune import log
 from jaxtune.errors import UserError
 from jaxtune.hf import files, foreign_tokenizers, meta
 from jaxtune.layers import Rope
+from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.models.families import llama
 
 _AGAIN = "copy or download the file again"
 _V1_MAGIC = 0x616B3432  # "ak42"
@@ -94,7 +94,7 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> Foreign:
         raise UserError(f"{file}: llama2.c version {version} ({what}) is not read; export it with --version 1 or 0")
     if min(D, F, L, N, K, V, context) <= 0 or D % N or N % K or D // N % 2:
         raise UserError(f"{file}: no llama2.c checkpoint (header {D, F, L, N, K, V, context}); {_AGAIN}")
-    c = DecoderConfig(V, D, L, N, K, D // N, F, Rope(D // N, context=context), tied=tied)
+    c = DecoderConfig(V, D, L, N, K, D // N, F, (Rope(D // N, context=context),), context, tied=tied)
     shapes = _shapes(c) | {"rope": (context, c.head)}  # its cosines and sines, half of the columns each
     counts = {kind: L if "{}" in _HF.get(kind, "") else 1 for kind in order if kind != "head" or not tied}
     wanted = start + 4 * sum(prod(shapes[kind]) * n for kind, n in counts.items())
@@ -107,7 +107,7 @@ def open_llama2c(file: Path, tokenizer: Path | None = None) -> Foreign:
                 part = files.Tensor(file, np.dtype("float32"), shapes[kind], start)
                 tensors[_HF[kind].format(i)] = _entry([part], None, _heads(c, kind))
             start += 4 * prod(shapes[kind])
-    config = llama.to_hf(c) | {"bos_token_id": 1, "eos_token_id": [1, 2]}
+    config = families.to_hf(c) | {"bos_token_id": 1, "eos_token_id": [1, 2]}
     return Foreign(config, tensors, _llama2c_side(file, tokenizer, c))
 
 
@@ -158,7 +158,7 @@ def open_meta(folder: Path) -> Foreign:
     tied = head is None or (_axis("embed", embed, c.embed) == 0 and all(map(_same, head, embed)))
     if tied:
         tensors.pop(_HF["head"], None)
-    config = llama.to_hf(c) | {"tie_word_embeddings": tied, "torch_dtype": embed[0].dtype.name}
+    config = families.to_hf(c) | {"tie_word_embeddings": tied, "torch_dtype": embed[0].dtype.name}
     third, scaled = c.vocab >= 128000, bool(params.get("use_scaled_rope"))
     if scaled:
         config["rope_scaling"] = {
@@ -174,9 +174,7 @@ def open_meta(folder: Path) -> Foreign:
     if place is None:
         log.warn(f"{folder}: has no tokenizer.model; copy the model's own beside params.json")
         return Foreign(config, tensors, {})
-    return Foreign(
-        config, tensors, foreign_tokenizers.from_meta(place / "tokenizer.model", c.vocab, c.rope.context, scaled)
-    )
+    return Foreign(config, tensors, foreign_tokenizers.from_meta(place / "tokenizer.model", c.vocab, c.context, scaled))
 
 
 def half_split(w_OI: np.ndarray, heads: int) -> np.ndarray:
@@ -252,7 +250,8 @@ def _meta_config(folder: Path, params: Mapping[str, Any], parts: Mapping[Any, Se
         kv_heads=params["n_kv_heads"],
         head=D // N,
         mlp=F,
-        rope=Rope(D // N, theta=theta, context=context),
+        ropes=(Rope(D // N, theta=theta, context=context),),
+        context=context,
         norm_eps=params.get("norm_eps", 1e-5),
     )
 
@@ -266,5 +265,5 @@ def _llama2c_side(file: Path, tokenizer: Path | None, c: DecoderConfig) -> dict[
         log.warn(f"{file}: {several} beside it, none is taken; name the model's own")
         return {}
     if found.suffix == ".model":
-        return foreign_tokenizers.from_meta(found, c.vocab, c.rope.context)
-    return foreign_tokenizers.from_llama2c(found, c.vocab, c.rope.context)
+        return foreign_tokenizers.from_meta(found, c.vocab, c.context)
+    return foreign_tokenizers.from_llama2c(found, c.vocab, c.context)

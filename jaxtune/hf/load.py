@@ -1,19 +1,20 @@
 """Tensors of files into sharded arrays: which tensor goes where, and reading each device's part by itself."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from jaxtune.errors import UserError
-from jaxtune.hf import layout
-from jaxtune.layers import is_weight
+from jaxtune.hf import cache, files, layout, pickles
+from jaxtune.layers import Weight, is_weight
 from jaxtune.weights import path_name
 
 _READERS = 4  # weights that are read at the same time; each holds one host copy of a device's part
-_EXPONENTS = {2: {"float16": 0x7C00, "bfloat16": 0x7F80}, 4: {"float32": 0x7F800000}}
 
 
 class Stored(Protocol):
@@ -40,6 +41,55 @@ class Grown:
         old = self.stored.open()
         mean = np.mean(old, 0, dtype=np.float32).astype(self.dtype)
         return np.concatenate([old, np.broadcast_to(mean, (self.shape[0] - len(old), *mean.shape))])
+
+
+def read_folder(folder: Path, weights: Any = None, family: str = "llama") -> dict[str, Stored]:
+    """The tensors of a model folder: safetensors, a cache, or pickles of torch that hold tensors alone.
+
+    `weights` is its tree of abstract `Weight`s, which only a cache needs.
+
+    Raises:
+      UserError: there are none, a file is missing or damaged, or two hold the same tensor.
+    """
+    if (folder / cache.MARK).exists():
+        return dict(cache.read(folder, weights, family))
+    read: Mapping[str, Callable[[Path], dict[str, files.Tensor]]] = {
+        "model.safetensors": files.read_header, "pytorch_model.bin": pickles.read,
+    }  # fmt: skip
+    for name, reader in read.items():
+        if (index := folder / f"{name}.index.json").exists():
+            return _read_shards(folder, index, reader)
+        if (folder / name).exists():
+            return dict(reader(folder / name))
+    if any(folder.glob("consolidated.*.pth")):
+        raise UserError(f"{folder}: is in Meta's format; `jaxtune convert {folder} DST` makes a model folder of it")
+    raise UserError(
+        f"{folder}: no model.safetensors, no {files.INDEX} and no pytorch_model.bin; is this a Hugging Face model "
+        "folder?"
+    )
+
+
+def _read_shards(folder: Path, index: Path, reader: Callable[[Path], dict[str, files.Tensor]]) -> dict[str, Stored]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(x, str) for pair in weight_map.items() for x in pair):
+            raise TypeError("weight_map should map names to files")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{index}: the index is damaged ({e!r}); copy or download it again") from e
+    tensors: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        held = reader(files.inside(folder, shard))
+        if twice := sorted(set(held) & set(tensors)):
+            raise UserError(f"{folder / shard}: holds {twice[0]}, which another shard holds too; copy the folder again")
+        tensors |= held
+    if missing := sorted(set(weight_map) - set(tensors)):
+        raise UserError(f"{index}: names tensors that no shard holds: {', '.join(missing[:5])}")
+    return tensors
+
+
+def _part(tensor: Stored, w: Weight, rest: tuple[slice, ...]) -> np.ndarray:
+    """Slices of a tensor in our layout."""
+    return tensor.part(rest) if isinstance(tensor, cache.Cached) else layout.from_hf(tensor.open(), w)[rest]
 
 
 def match(
@@ -109,9 +159,9 @@ def load(found: Mapping[str, list[Stored]], weights: Any, shardings: Any, family
             out = np.empty(sizes, w.value.dtype)
             by_tensor = np.moveaxis(out, axes, range(len(axes)))
             for at in np.ndindex(which.shape):
-                part = layout.from_hf(tensors[which[at]].open(), w)[rest]
+                part = _part(tensors[which[at]], w, rest)
                 by_tensor[at] = part
-                if not finite(part):
+                if not files.finite(part):
                     raise UserError(
                         f"{layout.hf_names(name, w, family)[which[at]]}: holds NaN or infinity; the checkpoint is "
                         "damaged, copy or download it again"
@@ -124,17 +174,3 @@ def load(found: Mapping[str, list[Stored]], weights: Any, shardings: Any, family
     paths, boxes = zip(*leaves, strict=True)
     with ThreadPoolExecutor(_READERS) as pool:
         return jax.tree.unflatten(tree, pool.map(one, paths, boxes, jax.tree.leaves(shardings)))
-
-
-def finite(x: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite; other than floats always are.
-
-    >>> finite(np.ones(3, np.float16)), finite(np.array([1.0, np.inf], np.float32))
-    (True, False)
-    """
-    mask = _EXPONENTS.get(x.dtype.itemsize, {}).get(x.dtype.name)
-    if mask is None:
-        return bool(np.isfinite(x).all()) if x.dtype.kind == "f" else True
-    if x.dtype.name == "float32":
-        return bool(np.isfinite(x).all())
-    return not bool(((x.view(np.uint16) & mask) == mask).any())  # numpy has no quick test for half precision

@@ -58,6 +58,15 @@ def add(tokenizer: Any, tokens: Sequence[str], special: Sequence[str]) -> None:
         tokenizer.add_special_tokens({"extra_special_tokens": list(special)}, replace_extra_special_tokens=False)
 
 
+def check_size(tokenizer: Any, rows: int, place: str) -> None:
+    """Raises: UserError: the tokenizer has more tokens than the model has embeddings."""
+    if (wanted := size(tokenizer)) > rows:
+        raise UserError(
+            f"{place}: the tokenizer has {wanted} tokens, the model {rows} embeddings; take the tokenizer that belongs "
+            "to the model, or set vocabulary.grow=true in training"
+        )
+
+
 def size(tokenizer: Any) -> int:
     """One more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1

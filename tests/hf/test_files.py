@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxtune import blueprint, sharding
 from jaxtune.config import Mesh
 from jaxtune.errors import UserError
-from jaxtune.hf import files, layout
+from jaxtune.hf import files, layout, load
 from jaxtune.layers import Weight
 from jaxtune.tuning.method import Method, leave
 from tests.tiny import write_tiny
@@ -54,7 +54,7 @@ def test_shards_and_their_index(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 64
-    got = files.read_folder(tmp_path)
+    got = load.read_folder(tmp_path)
     assert all((got[n].open() == a).all() for n, a in arrays.items())
 
 
@@ -76,13 +76,13 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     assert changed != blob
     file.write_bytes(changed)
     with pytest.raises(UserError, match=r"model.safetensors: .*again"):
-        files.read_folder(tmp_path)
+        load.read_folder(tmp_path)
 
 
 def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../x.safetensors"}}')
     with pytest.raises(UserError, match="leads out of the folder"):
-        files.read_folder(tmp_path)
+        load.read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
 def test_folders_without_safetensors(tmp_path, name, words):
     (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=words):
-        files.read_folder(tmp_path)
+        load.read_folder(tmp_path)
 
 
 def draw(folder, **kw):
@@ -102,7 +102,7 @@ def draw(folder, **kw):
 
 def change(folder, tmp_path, f):
     shutil.copytree(folder, tmp_path / "m")
-    arrays = {n: t.open().copy() for n, t in files.read_folder(folder).items()}
+    arrays = {n: t.open().copy() for n, t in load.read_folder(folder).items()}
     f(arrays)
     files.write_folder(tmp_path / "m", {n: entry(a) for n, a in arrays.items()})
     return tmp_path / "m"
@@ -146,7 +146,7 @@ def test_a_folder_comes_back_bit_by_bit(tmp_path, changes):
     folder = write_tiny(tmp_path / "m", **changes)
     b = draw(folder)
     out = blueprint.full_tensors(b, blueprint.materialise(b, jax.random.key(0)))
-    stored = files.read_folder(folder)
+    stored = load.read_folder(folder)
     assert set(out) == set(stored)
     for n, t in stored.items():
         np.testing.assert_array_equal(out[n].data(), t.open())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxtune import blueprint, sharding
 from jaxtune.config import Mesh
 from jaxtune.errors import UserError
-from jaxtune.hf import files, foreign, foreign_tokenizers, tokenizer
+from jaxtune.hf import files, foreign, foreign_tokenizers, load, tokenizer
 from jaxtune.tuning.method import Method, leave
 from tests.tiny import write_tiny
 
@@ -55,7 +55,7 @@ def random_arrays(tmp_path, tied, dtype="float32"):
     """The tensors of a tiny model, all of them random, and its config."""
     folder = write_tiny(tmp_path / "reference", tied=tied)
     rng = np.random.default_rng(1)
-    arrays = {n: rng.normal(size=t.shape).astype(dtype) for n, t in files.read_folder(folder).items()}
+    arrays = {n: rng.normal(size=t.shape).astype(dtype) for n, t in load.read_folder(folder).items()}
     return arrays, json.loads((folder / "config.json").read_text())
 
 
@@ -69,7 +69,7 @@ def interleaved(w, heads):
 def test_stories_are_the_reference_bit_by_bit(assets, tmp_path):
     reference = assets / "models/stories260K"
     f = foreign.open_llama2c(reference / "original/stories260K.bin")
-    equal(f, {n: t.open() for n, t in files.read_folder(reference).items()})
+    equal(f, {n: t.open() for n, t in load.read_folder(reference).items()})
     wanted = json.loads((reference / "config.json").read_text())
     assert {k: wanted.get(k) for k in f.config} == f.config | {"eos_token_id": 2}
     assert f.config["eos_token_id"] == json.loads((reference / "generation_config.json").read_text())["eos_token_id"]

@@ -1,6 +1,5 @@
 """Every family beside transformers: logits, hidden states by layer, gradients, generation, round trips."""
 
-import dataclasses
 import json
 
 import jax
@@ -11,11 +10,11 @@ import torch
 import transformers
 
 from jaxtune import blueprint
+from jaxtune.convert import write_model
 from jaxtune.generate import Sampling
-from jaxtune.hf import files
+from jaxtune.hf import files, load
 from jaxtune.models import families as ours
-from jaxtune.models.decoder import Decoder
-from jaxtune.tuned import open_model, write_model
+from jaxtune.tuned import open_model
 from tests.parity.families import FAMILIES, V, write
 
 T = 48  # past the original context of every scaled rope here
@@ -45,19 +44,15 @@ def by_layer(model, opened, ids):
     """For the message of a failure: how far the hidden states are off after each layer."""
     with torch.no_grad():
         states = model(torch.tensor(ids), output_hidden_states=True).hidden_states
-    whole = opened.weights[f"layers_0-{opened.blueprint.decoder.layers - 1}"]
-    told = []
-    for n in range(1, opened.blueprint.decoder.layers):
-        c = opened.blueprint.decoder
-        c = dataclasses.replace(c, layers=n, groups=(), windows=c.windows[:n], rope_of=c.rope_of[:n])
-        weights = {k: v for k, v in opened.weights.items() if not k.startswith("layers_")}
-        weights[f"layers_0-{n - 1}"] = jax.tree.map(lambda x, n=n: x[:n], whole)
-        at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-        _, seen = Decoder(c).apply(
-            {"params": weights}, ids, np.ones_like(ids), at, capture_intermediates=True, mutable=["intermediates"]
-        )
-        after = seen["intermediates"][f"layers_0-{n - 1}"]["__call__"][0][0]
-        told.append(f"layer {n - 1}: {off(after, states[n]):.1e}")
+    at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    _, seen = opened.blueprint.model.apply(
+        {"params": opened.weights}, ids, np.ones_like(ids), at, capture_intermediates=True, mutable=["intermediates"]
+    )
+    c = opened.blueprint.decoder
+    after_LBTD = seen["intermediates"][f"layers_0-{c.layers - 1}"]["__call__"][0][0]
+    told = [
+        f"layer {i}: {off(x, states[i + 1]):.1e}" for i, x in enumerate(after_LBTD[:-1])
+    ]  # the last is normed there
     return ", ".join(told)
 
 
@@ -162,7 +157,7 @@ def test_the_round_trip_is_exact(tmp_path, name, dtype):
     write(tmp_path / "m", name, dtype)
     (tmp_path / "m" / "LICENSE").write_text("as is")
     write_model(str(tmp_path / "m"), tmp_path / "out")
-    before, after = files.read_folder(tmp_path / "m"), files.read_folder(tmp_path / "out")
+    before, after = load.read_folder(tmp_path / "m"), load.read_folder(tmp_path / "out")
     assert set(before) == set(after)
     for n, t in before.items():
         assert t.dtype == after[n].dtype
@@ -181,9 +176,26 @@ def test_config_json_both_ways(case):
     c = ours.from_hf(json.loads((folder / "config.json").read_text()))
     written = ours.to_hf(c)
     assert ours.from_hf(written) == c
-    again = transformers.AutoConfig.for_model(**{k: v for k, v in written.items() if k != "architectures"})
+    again = transformers.AutoConfig.for_model(
+        **{k: v for k, v in written.items() if k != "architectures"}, pad_token_id=0
+    )
     other = type(model)(again).eval()
     other.load_state_dict(model.state_dict(), strict=False)
     ids = torch.tensor(np.random.default_rng(0).integers(3, V, (1, T)))
     with torch.no_grad():
         assert off(other(ids).logits, model(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "gemma3", "phi4_mini", "olmo3", "smollm3"])
+@pytest.mark.parametrize("start", [1000, 8192, 100_000])
+def test_far_positions(tmp_path, name, start):
+    """What stands far out has the angles that transformers gives it."""
+    model = write(tmp_path / "m", name)
+    opened = open_model(str(tmp_path / "m"))
+    ids = np.random.default_rng(0).integers(3, V, (2, T))
+    at = start + np.broadcast_to(np.arange(T), ids.shape)
+    with torch.no_grad():
+        want = model(torch.tensor(ids), position_ids=torch.tensor(at)).logits.numpy()
+    e = off(run(opened, ids, position=at).logits(), want)
+    print("OFF", name, start, e)
+    assert e < 2e-5

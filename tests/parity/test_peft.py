@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, config, optim, run, tuned
+from jaxtune import blueprint, config, convert, optim, run, tuned
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.hf import adapters
@@ -127,7 +127,7 @@ def test_the_adapter_gives_peft_the_same_logits(lora_run, stories):
 
 
 def test_the_merged_folder_gives_transformers_the_same_logits(lora_run, tmp_path):
-    tuned.write_model(str(lora_run), tmp_path / "merged")
+    convert.write_model(str(lora_run), tmp_path / "merged")
     np.testing.assert_allclose(
         torch_logits(theirs(tmp_path / "merged")), our_logits(open_model(str(lora_run))), atol=1e-4, rtol=1e-4
     )
@@ -160,7 +160,7 @@ def test_an_adapter_made_by_peft_is_read(tmp_path):
     want = torch_logits(model, ids)
     for opened in (open_model(str(folder), str(tmp_path / "a")), open_model(str(tmp_path / "a"))):
         np.testing.assert_allclose(our_logits(opened, ids), want, atol=1e-4, rtol=1e-3)
-    tuned.write_model(str(tmp_path / "a"), tmp_path / "merged")
+    convert.write_model(str(tmp_path / "a"), tmp_path / "merged")
     np.testing.assert_allclose(torch_logits(theirs(tmp_path / "merged"), ids), want, atol=1e-4, rtol=1e-3)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 
+from jaxtune.convert import write_model
 from jaxtune.errors import UserError
 from jaxtune.generate import Sampling, choose
 from jaxtune.models import families
-from jaxtune.tuned import open_model, write_model
+from jaxtune.tuned import open_model
 from tests.tiny import write_tiny
 
 ROPES = {
