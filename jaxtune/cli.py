@@ -134,19 +134,22 @@ def predict(
     repetition_penalty: Penalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    samples: Annotated[int, typer.Option(help="Answers per prompt, as a list `predictions`.")] = 1,
+    beams: Annotated[int, typer.Option(help="Above 1, beam search.")] = 1,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Add the log-probability of each new token.")] = False,
 ) -> None:
     """Answer every row of a file."""
     from jaxtune import job, tuned
     from jaxtune.generate import Sampling
 
-    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
+    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed, samples, beams)
     if file == config.DEMO:
         file = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, _dtype(dtype))
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     given = {"data": {**given.get("data", {}), "train": file}}
     source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
-    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"))
+    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
     log.say(f"{n} answers written to {out}")
 
 

@@ -1,10 +1,12 @@
-"""Generation with a KV cache: greedy or sampled, in left-padded batches whose rows do not know of each other.
+"""Generation: greedy, sampled or by beam search, in left-padded batches of independent rows; and scores of given texts.
 
-Dimensions: B batch, T prompt length, S places in the cache, V vocab.
+Batches, lengths and caches are rounded up to buckets, so that few shapes are compiled.
+
+Dimensions: B batch, R rows (samples or beams of each prompt, prompt by prompt), T prompt length, C completion length,
+K beams, N places for new tokens.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,45 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune import decoding, sampling
+from jaxtune.decoding import Decoding
 from jaxtune.errors import UserError
-from jaxtune.models.decoder import Cache, Decoder
+from jaxtune.models.decoder import Decoder
+from jaxtune.sampling import Sampling, choose
 from jaxtune.weights import Array
 
+__all__ = ["Generation", "Generator", "Sampling", "Scored", "choose"]
+
 _BUCKET = 64  # prompt lengths and caches are rounded up to this, so that few shapes are compiled
+_ROWS = 8  # batches are rounded up to a power of two, and from here on to multiples of this
 _AHEAD = 16  # tokens decoded between two looks at stop strings, where nobody watches
 
+_GREEDY = Sampling()
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the order is penalty, temperature, top-k, top-p, as in transformers."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0  # Keskar et al., 2019
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, ok, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (all) or above"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-        ):
-            if not ok:
-                raise UserError(f"{name}={getattr(self, name)} should be {wanted}")
-
-
-class _Decoding(NamedTuple):
-    cache: Any  # a `Cache`
-    logits_BV: Array  # of the next token
-    position_B: Array
-    seen_BV: Array  # which tokens a row holds, for the penalty
-    done_B: Array
-    key_B: Array
+Prompt = str | Sequence[int]  # text, or its tokens
 
 
 class Generation(NamedTuple):
@@ -59,79 +38,51 @@ class Generation(NamedTuple):
     text: str
     ids: list[int]  # new tokens, without the one that ended it
     finish: str  # "stop" or "length"
+    logprobs: list[float]  # of each new token by the model alone, before penalty, temperature and the like
 
 
-def choose(logits_BV: Array, seen_BV: Array, key_B: Array, s: Sampling) -> Array:
-    """The next token of each row, int32 `[B]`; `key_B` are keys, used where the temperature is above 0."""
-    if s.repetition_penalty != 1.0:
-        penalised_BV = jnp.where(logits_BV < 0, logits_BV * s.repetition_penalty, logits_BV / s.repetition_penalty)
-        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-    if s.temperature == 0.0:
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    logits_BV = logits_BV / s.temperature
-    V = logits_BV.shape[-1]
-    if 0 < s.top_k < V:
-        kth_B1 = jax.lax.top_k(logits_BV, s.top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if s.top_p < 1.0:  # the fewest tokens that together have at least top_p
-        sorted_BV = jnp.sort(logits_BV, -1)[:, ::-1]
-        before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, -1), -1) - jax.nn.softmax(sorted_BV, -1)
-        least_B1 = jnp.min(jnp.where(before_BV < s.top_p, sorted_BV, jnp.inf), -1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+class Scored(NamedTuple):
+    """What the model makes of one given completion."""
 
-
-@functools.partial(jax.jit, static_argnames=("model", "size"))
-def _prefill(model: Decoder, weights: Any, ids_BT: Array, segment_BT: Array, size: int, key_B: Array) -> _Decoding:
-    c = model.c
-    B = ids_BT.shape[0]
-    groups = {name: jax.tree.leaves(w)[0].shape[0] for name, w in weights.items() if "layers_" in name}
-    position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
-    outputs, cache = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, Cache.empty(groups, c, B, size))
-    seen_BV = jnp.zeros((B, c.rows), bool).at[jnp.arange(B)[:, None], ids_BT].max(segment_BT > 0)
-    logits_BV = outputs.logits(outputs.hidden_BTD[:, -1:])[:, 0]
-    return _Decoding(cache, logits_BV, position_BT[:, -1] + 1, seen_BV, jnp.zeros(B, bool), key_B)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "s", "n", "eos"), donate_argnames=("d",))
-def _decode(
-    model: Decoder, weights: Any, d: _Decoding, s: Sampling, n: int, eos: tuple[int, ...]
-) -> tuple[_Decoding, Array]:
-    """`n` more tokens, `[n, B]`; -1 for rows that are done."""
-
-    def one(d: _Decoding, _: None) -> tuple[_Decoding, Array]:
-        B = d.position_B.shape[0]
-        token_B = choose(d.logits_BV, d.seen_BV, jax.vmap(jax.random.fold_in)(d.key_B, d.position_B), s)
-        done_B = d.done_B | jnp.isin(token_B, jnp.array(eos, jnp.int32))
-        seen_BV = d.seen_BV.at[jnp.arange(B), token_B].set(True)
-        outputs, cache = model.apply(
-            {"params": weights}, token_B[:, None], jnp.ones((B, 1), jnp.int32), d.position_B[:, None], d.cache
-        )
-        d = _Decoding(cache, outputs.logits()[:, 0], d.position_B + 1, seen_BV, done_B, d.key_B)
-        return d, jnp.where(done_B, -1, token_B)
-
-    return jax.lax.scan(one, d, None, length=n)
+    logprobs: list[float]  # of each of its tokens
+    greedy: bool  # whether each is the likeliest
 
 
 class Generator:
-    """Texts from prompts, by one set of weights."""
+    """Texts from prompts, by one set of weights.
+
+    On CPU it holds the weights layer by layer (a copy, where they are stacked): XLA copies what it slices in a loop.
+    """
 
     def __init__(self, model: Decoder, weights: Any, tokenizer: Any, eos: Sequence[int]) -> None:
+        if jax.default_backend() == "cpu":
+            model, weights = decoding.by_layer(model, weights)
         self.model, self.weights, self.tokenizer, self.eos = model, weights, tokenizer, tuple(eos)
 
-    def generate(self, prompts: Sequence[str], s: Sampling = Sampling()) -> list[Generation]:
-        """One text for each prompt, decoded together. A row's text does not depend on the others.
+    def generate(self, prompts: Sequence[Prompt], s: Sampling = _GREEDY) -> list[Generation]:
+        """`s.samples` texts for each prompt, prompt by prompt, decoded together. No text depends on another prompt.
+
+        A text ends at an end token or a stop string ("stop"), or after `s.max_new_tokens` or with the model's context
+        ("length").
 
         Raises:
-          UserError: a prompt has no tokens.
+          UserError: a prompt has no tokens, or leaves no room in the model's context.
         """
-        state = _Texts(self, prompts, s)
+        if not prompts:
+            return []
+        state: _Texts | _Beams = _Beams(self, prompts, s) if s.beams > 1 else _Texts(self, prompts, s)
         while not state.finished:
             state.advance(_AHEAD)
         return state.results()
 
-    def stream(self, prompt: str, s: Sampling = Sampling()) -> Iterator[str]:
-        """The text of one prompt, piece by piece as it comes."""
+    def stream(self, prompt: Prompt, s: Sampling = _GREEDY) -> Iterator[str]:
+        """The text of one prompt, piece by piece as it comes.
+
+        Raises:
+          UserError: as `generate`; or more than one sample or beam is asked for.
+        """
+        if s.samples > 1 or s.beams > 1:
+            raise UserError(f"samples={s.samples} and beams={s.beams} should be 1 where one text is streamed")
         state, sent = _Texts(self, [prompt], s), 0
         while not state.finished:
             state.advance(1)
@@ -141,34 +92,104 @@ class Generator:
                 yield text[sent:safe]
                 sent = safe
 
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Prompt], batch_size: int = 8) -> list[list[float]]:
+        """Log-probabilities of the tokens of each completion after its prompt, as given (nothing is added at the end).
 
-def _held_back(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may yet become a stop string, or are half of a character."""
-    half = 1 if text.endswith("\ufffd") else 0
-    return max([half, *(n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))])
+        Of texts, prompt and completion are encoded as one, and what goes beyond the prompt's own tokens is scored.
+
+        Raises:
+          UserError: a prompt has no tokens, or the two are longer than the model's context.
+        """
+        return [x.logprobs for x in self.judge(prompts, completions, batch_size)]
+
+    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Prompt], batch_size: int = 8) -> list[Scored]:
+        """As `score`, and whether each completion is what greedy decoding would give."""
+        pairs = [self._pair(i, *x) for i, x in enumerate(zip(prompts, completions, strict=True))]
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))  # alike lengths go together
+        found: dict[int, Scored] = {}
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
+            B = _batch(len(part))
+            T, C = (_bucket(max(map(size, (pairs[i] for i in part)))) for size in (lambda x: len(x[0]), _completed))
+            ids_BT, segment_BT = np.zeros((2, B, T), np.int32)
+            at_BC, target_BC = np.zeros((2, B, C), np.int32)
+            for row, i in enumerate(part):
+                ids, start = pairs[i]
+                ids_BT[row, : len(ids)], segment_BT[row, : len(ids)] = ids, 1
+                n = len(ids) - start
+                at_BC[row, :n], target_BC[row, :n] = np.arange(start - 1, len(ids) - 1), ids[start:]
+            both = decoding.score(self.model, self.weights, ids_BT, segment_BT, at_BC, target_BC)
+            logprob_BC, greedy_BC = (np.asarray(x) for x in both)
+            for row, i in enumerate(part):
+                n = _completed(pairs[i])
+                found[i] = Scored(logprob_BC[row, :n].tolist(), bool(greedy_BC[row, :n].all()))
+        return [found[i] for i in range(len(pairs))]
+
+    def _pair(self, i: int, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+        """The tokens of prompt and completion, and where the completion starts."""
+        before = self._encode(prompt)
+        whole = (
+            self._encode(prompt + completion)
+            if isinstance(prompt, str) and isinstance(completion, str)
+            else [*before, *self._encode(completion)]
+        )
+        if not before:
+            raise UserError(f"prompt {i + 1} is empty; give at least the token that texts begin with")
+        if len(whole) > (context := self.model.c.context):
+            raise UserError(
+                f"prompt {i + 1} and its completion have {len(whole)} tokens; the model's context is {context}; "
+                "shorten the prompt"
+            )
+        return whole, min(len(before), len(whole))
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return list(prompt)
+
+    def _read(self, prompts: Sequence[Prompt], s: Sampling, copies: int) -> tuple["_Read", Decoding]:
+        """Prompts as tokens, checked, and prefilled in `copies` rows each."""
+        all_ids, context = [self._encode(p) for p in prompts], self.model.c.context
+        for i, ids in enumerate(all_ids):
+            if not ids:
+                raise UserError(f"prompt {i + 1} is empty")
+            if len(ids) >= context:
+                raise UserError(
+                    f"prompt {i + 1} has {len(ids)} tokens; the model's context is {context}, and the answer needs "
+                    "room in it; shorten the prompt or take a model with a longer context"
+                )
+        limits = [min(s.max_new_tokens, context - len(ids)) for ids in all_ids]
+        ends = tuple(sorted({*self.eos, *s.stop_ids}))
+        B, T = _batch(len(all_ids)), _bucket(max(map(len, all_ids)))
+        size = _bucket(T + max(limits) + _AHEAD)
+        ids_BT, segment_BT = np.zeros((2, B, T), np.int32)
+        for row, ids in enumerate(all_ids):
+            ids_BT[row, T - len(ids) :], segment_BT[row, T - len(ids) :] = ids, 1
+        keys = _keys(s.seed, [*all_ids, *[[]] * (B - len(all_ids))], copies) if s.temperature > 0 else None
+        seen = s.repetition_penalty != 1.0
+        d = decoding.prefill(self.model, self.weights, ids_BT, segment_BT, keys, size, copies, seen)
+        return _Read(all_ids, limits, ends), d
+
+
+class _Read(NamedTuple):
+    """Prompts that were read."""
+
+    ids: list[list[int]]
+    limits: list[int]  # new tokens of each, at most
+    ends: tuple[int, ...]
 
 
 class _Texts:
     """Prompts on their way to texts."""
 
-    def __init__(self, g: Generator, prompts: Sequence[str], s: Sampling) -> None:
+    def __init__(self, g: Generator, prompts: Sequence[Prompt], s: Sampling) -> None:
         self.g, self.s = g, s
-        self.prompts = [g.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
-        for i, ids in enumerate(self.prompts):
-            if not ids:
-                raise UserError(f"prompt {i + 1} is empty")
-        T = -(-max(map(len, self.prompts)) // _BUCKET) * _BUCKET
-        size = -(-(T + s.max_new_tokens + _AHEAD) // _BUCKET) * _BUCKET
-        ids_BT, segment_BT = np.zeros((2, len(prompts), T), np.int32)
-        for row, ids in enumerate(self.prompts):
-            ids_BT[row, T - len(ids) :] = ids
-            segment_BT[row, T - len(ids) :] = 1
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(s.seed), jnp.array([_stable_hash(ids) for ids in self.prompts], jnp.uint32)
-        )
-        self.d = _prefill(g.model, g.weights, ids_BT, segment_BT, size, keys)
-        self.new: list[list[int]] = [[] for _ in prompts]
-        self.ended: list[str | None] = [None] * len(prompts)
+        (all_ids, limits, self.ends), self.d = g._read(prompts, s, s.samples)
+        self.prompts = [ids for ids in all_ids for _ in range(s.samples)]
+        self.limits = [n for n in limits for _ in range(s.samples)]
+        self.new: list[list[int]] = [[] for _ in self.prompts]
+        self.logprobs: list[list[float]] = [[] for _ in self.prompts]
+        self.ended: list[str | None] = [None] * len(self.prompts)
 
     @property
     def finished(self) -> bool:
@@ -176,43 +197,121 @@ class _Texts:
 
     def advance(self, n: int) -> None:
         """Decode `n` tokens and look for ends."""
-        self.d, tokens_nB = _decode(self.g.model, self.g.weights, self.d, self._on_device(), n, self.g.eos)
-        for row, tokens in enumerate(np.asarray(tokens_nB).T.tolist()):
-            for token in tokens:
-                if self.ended[row]:
-                    break
-                if token == -1:
-                    self.ended[row] = "stop"
-                    break
-                self.new[row].append(token)
-                if self.s.stop and any(x in self._decoded(row) for x in self.s.stop):
-                    self.ended[row] = "stop"
-                elif len(self.new[row]) == self.s.max_new_tokens:
-                    self.ended[row] = "length"
+        out = decoding.decode(self.g.model, self.g.weights, self.d, _on_device(self.s), n, self.ends)
+        self.d = out[0]
+        tokens_nR, logprobs_nR = (np.asarray(x) for x in out[1])
+        for row, ended in enumerate(self.ended):
+            if ended:
+                continue
+            had = len(self.new[row])
+            tokens = tokens_nR[: self.limits[row] - had, row].tolist()
+            end = tokens.index(-1) if -1 in tokens else None
+            self.new[row] += tokens[:end]
+            self.logprobs[row] += logprobs_nR[: len(tokens[:end]), row].tolist()
+            if (cut := self._stopped(row, had)) is not None:
+                del self.new[row][cut:], self.logprobs[row][cut:]
+            if end is not None or cut is not None:
+                self.ended[row] = "stop"
+            elif len(self.new[row]) >= self.limits[row]:
+                self.ended[row] = "length"
 
-    def _on_device(self) -> Sampling:
-        """What the compiled function depends on."""
-        return dataclasses.replace(self.s, max_new_tokens=1, stop=(), seed=0)
+    def _stopped(self, row: int, had: int) -> int | None:
+        """The number of tokens with which a stop string is there, if it came after the first `had`."""
 
-    def _decoded(self, row: int) -> str:
-        """New text of a row, spaces at its start included (decoded alone, some tokenizers drop them)."""
-        tokenizer, prompt = self.g.tokenizer, self.prompts[row]
-        before = tokenizer.decode(prompt, skip_special_tokens=True)
-        whole = tokenizer.decode(prompt + self.new[row], skip_special_tokens=True)
-        return (
-            whole[len(before) :]
-            if whole.startswith(before)
-            else tokenizer.decode(self.new[row], skip_special_tokens=True)
-        )
+        def holds(n: int) -> bool:
+            text = _decoded(self.g.tokenizer, self.prompts[row], self.new[row][:n])
+            return any(x in text for x in self.s.stop)
+
+        all_there = len(self.new[row])
+        if not self.s.stop or not holds(all_there):
+            return None
+        return next((n for n in range(had + 1, all_there) if holds(n)), all_there)
 
     def text(self, row: int) -> str:
         """The row's text so far, cut at the first stop string."""
-        text = self._decoded(row)
-        ends = [at for x in self.s.stop if (at := text.find(x)) >= 0]
-        return text[: min(ends)] if ends else text
+        return _cut(_decoded(self.g.tokenizer, self.prompts[row], self.new[row]), self.s.stop)
 
     def results(self) -> list[Generation]:
-        return [Generation(self.text(i), self.new[i], self.ended[i] or "length") for i in range(len(self.new))]
+        rows = range(len(self.new))
+        return [Generation(self.text(i), self.new[i], self.ended[i] or "length", self.logprobs[i]) for i in rows]
+
+
+class _Beams:
+    """Prompts on their way to the best texts of a beam search."""
+
+    def __init__(self, g: Generator, prompts: Sequence[Prompt], s: Sampling) -> None:
+        self.g, self.s = g, s
+        self.read, self.d = g._read(prompts, s, s.beams)
+        B = self.d.position_R.shape[0] // s.beams
+        limits = [*self.read.limits, *[0] * (B - len(self.read.limits))]  # rows of padding are done
+        self.x = sampling.begin(jnp.array(limits, jnp.int32), _bucket(max(limits)), s)
+        self.finished = False
+
+    def advance(self, n: int) -> None:
+        """Take `n` steps."""
+        on = _on_device(self.s)
+        self.d, self.x = decoding.search(self.g.model, self.g.weights, self.d, self.x, on, n, self.read.ends)
+        self.finished = bool(sampling.done(self.x).all())
+
+    def results(self) -> list[Generation]:
+        best, out = jax.tree.map(np.asarray, self.x.best), []
+        for row, prompt in enumerate(self.read.ids):
+            for k in range(self.s.samples):
+                n = int(best.length_BK[row, k])
+                ids, logprobs = best.ids_BKN[row, k, :n].tolist(), best.logprob_BKN[row, k, :n].tolist()
+                whole = _decoded(self.g.tokenizer, prompt, ids)
+                text = _cut(whole, self.s.stop)
+                finish = "stop" if best.ended_BK[row, k] or text != whole else "length"
+                out.append(Generation(text, ids, finish, logprobs))
+        return out
+
+
+def _on_device(s: Sampling) -> Sampling:
+    """What the compiled functions depend on."""
+    rest: Any = {"stop": (), "stop_ids": (), "seed": 0, "samples": 1, "length_penalty": 1.0, "early_stopping": False}
+    return dataclasses.replace(s, max_new_tokens=1, **rest)
+
+
+def _bucket(n: int) -> int:
+    return -(-max(n, 1) // _BUCKET) * _BUCKET
+
+
+def _batch(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length() if n <= _ROWS else -(-n // _ROWS) * _ROWS
+
+
+def _completed(pair: tuple[list[int], int]) -> int:
+    return len(pair[0]) - pair[1]
+
+
+def _held_back(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end that may yet become a stop string, or are half of a character."""
+    half = 1 if text.endswith("\ufffd") else 0
+    return max([half, *(n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))])
+
+
+def _decoded(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens, spaces at its start included (decoded alone, some tokenizers drop them)."""
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode(prompt + new, skip_special_tokens=True)
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first stop string."""
+    ends = [at for x in stop if (at := text.find(x)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def _keys(seed: int, prompts: Sequence[Sequence[int]], samples: int) -> Array:
+    """A key for each sample of each prompt, from the prompt alone: what stands beside it changes nothing, `[R]`."""
+    hashes = jnp.array([_stable_hash(ids) for ids in prompts], jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    key_B = fold(jax.random.key(seed), hashes)
+    if samples == 1:
+        return key_B
+    more_BM = jax.vmap(fold, (0, None))(key_B, jnp.arange(1, samples))
+    return jnp.concatenate([key_B[:, None], more_BM], 1).reshape(-1)
 
 
 def _stable_hash(ids: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ from jaxtune.config import Config
 from jaxtune.data import encode, formats
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
-from jaxtune.generate import Generator, Sampling
+from jaxtune.generate import Generation, Generator, Sampling
 from jaxtune.hf import adapters, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.objectives import OBJECTIVES
@@ -177,9 +177,18 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
 
 
 def predict(
-    tuned: Tuned, source: config.Source, out: Path, s: Sampling, batch_size: int, said: Callable[[int, int], None]
+    tuned: Tuned,
+    source: config.Source,
+    out: Path,
+    s: Sampling,
+    batch_size: int,
+    said: Callable[[int, int], None],
+    logprobs: bool = False,
 ) -> int:
     """Answer every row of a file, to JSONL with `prompt`, `prediction`, `finish` and, where there is one, `reference`.
+
+    With `logprobs` also those of each new token. With more than one sample `predictions`, `finish` and `logprobs` are
+    lists, one entry per sample.
 
     Returns: the number of rows. The file appears when it is complete.
     """
@@ -202,8 +211,9 @@ def predict(
         with temporary.open("w", encoding="utf-8") as f, jax.set_mesh(tuned.mesh):
             for i in range(0, len(pairs), batch_size):
                 part = pairs[i : i + batch_size]
-                for (prompt, reference), g in zip(part, tuned.generator.generate([p for p, _ in part], s), strict=True):
-                    row = {"prompt": prompt, "prediction": g.text, "finish": g.finish}
+                made = tuned.generator.generate([p for p, _ in part], s)
+                for j, (prompt, reference) in enumerate(part):
+                    row = {"prompt": prompt, **_row(made[j * s.samples : (j + 1) * s.samples], logprobs)}
                     row |= {} if reference is None else {"reference": reference}
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
                 said(min(i + batch_size, len(pairs)), len(pairs))
@@ -211,3 +221,13 @@ def predict(
     finally:
         temporary.unlink(missing_ok=True)
     return len(pairs)
+
+
+def _row(made: Sequence[Generation], logprobs: bool) -> dict[str, Any]:
+    """What `predict` writes of the texts of one prompt."""
+    columns: dict[str, list] = {"prediction": [g.text for g in made], "finish": [g.finish for g in made]}
+    if logprobs:
+        columns["logprobs"] = [g.logprobs for g in made]
+    if len(made) == 1:
+        return {k: v[0] for k, v in columns.items()}
+    return {"predictions" if k == "prediction" else k: v for k, v in columns.items()}
