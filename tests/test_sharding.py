@@ -10,8 +10,8 @@ from jaxtune.errors import UserError
 from jaxtune.layers import Weight
 
 
-def mesh(data, fsdp, tensor):
-    return AbstractMesh((data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+def mesh(data, fsdp, tensor, expert=1):
+    return AbstractMesh((data, fsdp, expert, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def weight(shape, names, n_in=1):
@@ -33,6 +33,11 @@ def test_weights_lie_by_their_axes(w, spec):
     assert sharding.spec(w, mesh(1, 4, 2)) == spec
 
 
+def test_experts_lie_by_expert():
+    w = weight((2, 8, 16, 2, 6), ("layers", "expert", "embed", "gate_up", "expert_mlp"))
+    assert sharding.spec(w, mesh(1, 2, 2, 4)) == PartitionSpec(None, "expert", "fsdp", None, "tensor")
+
+
 def test_what_does_not_divide_is_copied_and_said():
     said = []
     assert sharding.spec(weight((8, 15), ("embed", "mlp")), mesh(1, 4, 2), said.append) == PartitionSpec("fsdp", None)
@@ -41,8 +46,8 @@ def test_what_does_not_divide_is_copied_and_said():
 
 def test_a_mesh_takes_all_devices():
     m = sharding.make_mesh(Mesh(), jax.devices())
-    assert dict(m.shape) == {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
-    with pytest.raises(UserError, match=r"data 1 × fsdp 3 × tensor 1 is not the 1 devices"):
+    assert dict(m.shape) == {"data": 1, "fsdp": jax.device_count(), "expert": 1, "tensor": 1}
+    with pytest.raises(UserError, match=r"data 1 × fsdp 3 × expert 1 × tensor 1 is not the 1 devices"):
         sharding.make_mesh(Mesh(fsdp=3), jax.devices()[:1])
 
 

@@ -159,16 +159,14 @@ class Adapter:
         self.folder = folder
         self._factors: dict[str, dict[str, files.Tensor]] = {}
         self._whole: dict[str, files.Tensor] = {}
-        kinds = re.compile(
-            rf"{re.escape(_PREFIX)}(?P<module>.+)\.(?:lora_(?:embedding_)?(?P<factor>[AB])(?:\.weight)?|weight)"
-        )
         for name, t in files.read_header(folder / WEIGHTS).items():
-            if (m := kinds.fullmatch(name)) is None:
+            kind = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|weight)", name)
+            if kind is None:
                 raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of a LoRA adapter")
-            if m["factor"] is None:
-                self._whole[m["module"].removesuffix(".base_layer")] = t
+            if kind[2] is None:
+                self._whole[kind[1].removesuffix(".base_layer")] = t
             else:
-                self._factors.setdefault(self._parameter(m["module"]), {})[m["factor"]] = t
+                self._factors.setdefault(self._parameter(kind[1]), {})[kind[2]] = t
         self._used: set[str] = set()
 
     def _parameter(self, module: str) -> str:

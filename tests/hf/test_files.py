@@ -86,7 +86,12 @@ def test_an_index_cannot_lead_out_of_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("pytorch_model.bin", "pickles"), ("x.txt", "is this a Hugging Face model folder")]
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", "no zip archive"),
+        ("consolidated.00.pth", "`jaxtune convert"),
+        ("x.txt", "is this a Hugging Face model folder"),
+    ],
 )
 def test_folders_without_safetensors(tmp_path, name, words):
     (tmp_path / name).write_text("x")

@@ -187,7 +187,7 @@ def test_config_json_both_ways(case):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "gemma3", "phi4_mini", "olmo3", "smollm3"])
-@pytest.mark.parametrize("start", [1000, 8192, 100_000])
+@pytest.mark.parametrize("start", [1000, 8192])
 def test_far_positions(tmp_path, name, start):
     """What stands far out has the angles that transformers gives it."""
     model = write(tmp_path / "m", name)

@@ -148,8 +148,11 @@ def test_what_we_write_transformers_opens(tmp_path, dtype):
     ("change", "words"),
     [
         ({"model_type": "lama"}, "model_type 'lama' is not supported; did you mean 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported"),
+        ({"hidden_act": "relu2"}, "hidden_act 'relu2' is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported: it reads more than text"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' needs 4 numbers in short_factor, not 0"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
     ],

@@ -129,7 +129,8 @@ def test_freezing_the_lower_layers_shortens_the_backward_pass(tmp_path):
         (Freeze(method="freeze", train=["("]), "is not a regular expression"),
         (Freeze(method="freeze", last=6), "tuning.last=6: the model has 5 layers"),
         (Lora(targets=["q_proj", "nope"]), "tuning.targets: pattern 'nope' matches no weight"),
-        (Lora(targets="embed_tokens"), "tuning.targets: pattern 'embed_tokens' matches no weight"),
+        (Lora(targets="layernorm"), "tuning.targets: pattern 'layernorm' matches no weight"),
+        (Lora(train=["q_proj/bias"]), "tuning.train: pattern 'q_proj/bias' matches no weight"),
     ],
 )
 def test_patterns_that_match_nothing_are_named(deep, t, words):

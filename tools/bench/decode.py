@@ -33,7 +33,15 @@ def write_model(folder: Path, kv_heads: int) -> None:
     from tools.make_demo_model import DEMO, write_random_model
 
     c = DecoderConfig(
-        vocab=VOCAB, embed=384, layers=8, heads=6, kv_heads=kv_heads, head=64, mlp=1024, rope=Rope(64, context=2048)
+        vocab=VOCAB,
+        embed=384,
+        layers=8,
+        heads=6,
+        kv_heads=kv_heads,
+        head=64,
+        mlp=1024,
+        ropes=(Rope(64, context=2048),),
+        context=2048,
     )
     write_random_model(folder, c, seed=0)
     for f in ("tokenizer.json", "tokenizer_config.json"):
