@@ -175,7 +175,8 @@ def full_tensors(
                 return layout.to_hf(np.asarray(layout.pick(w, at)), w) if trained else t.open()
 
             def final(data: Callable[[], np.ndarray] = data, to: np.dtype = wanted, n: int = rows) -> np.ndarray:
-                return data()[:n].astype(to, copy=False)
+                with np.errstate(over="ignore"):  # what becomes infinite is refused when it is written
+                    return data()[:n].astype(to, copy=False)
 
             out[hf_name] = files.Entry((rows, *tensor.shape[1:]), wanted, final)
     if b.decoder.tied and layout.HEAD in b.names and layout.EMBED in out:  # under the name, or names, that the base has

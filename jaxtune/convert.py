@@ -68,7 +68,7 @@ def write_model(
         if to == "orbax":
             cache.write(folder, s.tensors, abstract_weights(s.decoder), s.decoder.family, bar.add)
         else:
-            files.write_folder(folder, s.tensors, shard_bytes, bar.add)
+            files.write_folder(folder, s.tensors, shard_bytes, bar.add, keep=True)
 
 
 def _open(source: str, adapter: str | None, dtype: np.dtype | None) -> _Source:
@@ -95,7 +95,11 @@ def _foreign(found: foreign.Foreign, dtype: np.dtype | None, place: str) -> _Sou
 
 
 def _cast(entry: files.Entry, dtype: np.dtype) -> files.Entry:
-    return files.Entry(entry.shape, dtype, lambda: entry.data().astype(dtype))
+    def data() -> np.ndarray:
+        with np.errstate(over="ignore"):  # what becomes infinite is refused when it is written
+            return entry.data().astype(dtype)
+
+    return files.Entry(entry.shape, dtype, data)
 
 
 def _fingerprint(path: Path) -> list[Any]:

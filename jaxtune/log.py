@@ -49,30 +49,33 @@ def size(n_bytes: float) -> str:
 
 
 class Progress:
-    """How much of some bytes is done: a live line in a terminal, else one line for each tenth."""
+    """How much of some bytes is done: a live line in a terminal, else a line every few seconds."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self._began, self._shown = max(total, 1), 0, time.perf_counter(), 0.0
+        self.total, self.done, self._live = max(total, 1), 0, sys.stdout.isatty()
+        self._began = self._shown = time.perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if sys.stdout.isatty() and self.done:
+        self._show()
+        if self._live:
             print(flush=True)
 
     def add(self, n_bytes: int) -> None:
         """This many more are done."""
         self.done += n_bytes
-        now, share = time.perf_counter(), self.done / self.total
-        live = sys.stdout.isatty()
-        if share < 1 and (now - self._shown < 0.1 if live else int(10 * share) == int(10 * self._shown)):
-            return
-        self._shown = now if live else share
-        rate = self.done / max(now - self._began, 1e-9)
+        if time.perf_counter() - self._shown > (0.1 if self._live else 5.0):
+            self._show()
+
+    def _show(self) -> None:
+        self._shown = time.perf_counter()
+        rate = self.done / max(self._shown - self._began, 1e-9)
         left = duration((self.total - self.done) / max(rate, 1e-9))
-        line = f"{size(self.done)} of {size(self.total)}  {100 * share:.0f} %  {size(rate)}/s  {left} left"
-        print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
+        share = 100 * self.done / self.total
+        line = f"{size(self.done)} of {size(self.total)}  {share:.0f} %  {size(rate)}/s  {left} left"
+        print(f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n", flush=True)
 
 
 def table(rows: Sequence[tuple[str, str]]) -> None:

@@ -144,7 +144,8 @@ def read(folder: Path, weights: Any, family: str) -> dict[str, Cached]:
         plains, names = plain_names(path_name(path)), layout.hf_names(path_name(path), w, family)
         for i, (name, at) in enumerate(zip(names, layout.places(w), strict=True)):
             plain, here = plains[i // (len(names) // len(plains))], {k: v for k, v in at.items() if k != "layers"}
-            stored = [n for n in (name, layout.HEAD if name == layout.EMBED else name) if n in dtypes]
-            for n in stored:
-                out.setdefault(n, Cached(folder, plain, w, here, dtypes[n]))
+            if name in dtypes:
+                out[name] = Cached(folder, plain, w, here, dtypes[name])
+            if name == layout.EMBED and layout.HEAD in dtypes:  # tied, unless there is a head to overwrite it
+                out[layout.HEAD] = Cached(folder, plain, w, here, dtypes[layout.HEAD])
     return out

@@ -176,18 +176,20 @@ def _header(tensors: Mapping[str, Entry]) -> tuple[bytes, list[str]]:
     return len(blob).to_bytes(8, "little") + blob, order
 
 
-def write(file: Path, tensors: Mapping[str, Entry], said: Callable[[int], None] = lambda n: None) -> None:
+def write(
+    file: Path, tensors: Mapping[str, Entry], said: Callable[[int], None] = lambda n: None, keep: bool = False
+) -> None:
     """Write one safetensors file as transformers expects it, holding one tensor in memory at a time.
 
-    The file appears when it is whole; one that is there already with the same tensors is left. `said` is told how many
-    bytes were written.
+    The file appears when it is whole. `said` is told how many bytes were written. With `keep` a file that is there
+    already, with tensors of these names and shapes, is taken to be this one.
 
     Raises:
       UserError: a tensor holds NaN or infinity.
     """
     head, order = _header(tensors)
     total = sum(t.nbytes for t in tensors.values())
-    if file.exists() and file.stat().st_size == len(head) + total:
+    if keep and file.exists() and file.stat().st_size == len(head) + total:
         with file.open("rb") as f:
             if f.read(len(head)) == head:
                 return said(total)
@@ -208,8 +210,9 @@ def write_folder(
     tensors: Mapping[str, Entry],
     shard_bytes: int = SHARD_BYTES,
     said: Callable[[int], None] = lambda n: None,
+    keep: bool = False,
 ) -> None:
-    """Write `model.safetensors`, or shards and their index where it would be larger than `shard_bytes`."""
+    """Write `model.safetensors`, or shards and their index where it would be larger than `shard_bytes`; see `write`."""
     shards: list[dict[str, Entry]] = [{}]
     filled = total = 0
     for name, t in tensors.items():
@@ -219,11 +222,11 @@ def write_folder(
         shards[-1][name] = t
         filled, total = filled + t.nbytes, total + t.nbytes
     if len(shards) == 1:
-        return write(folder / "model.safetensors", shards[0], said)
+        return write(folder / "model.safetensors", shards[0], said, keep)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / file, shard, said)
+        write(folder / file, shard, said, keep)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -14,7 +14,7 @@ import transformers
 
 from jaxtune import blueprint, convert, log, run
 from jaxtune import job as jobs
-from jaxtune.hf import files
+from jaxtune.hf import files, load
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import make_step
 from jaxtune.tuned import open_model
@@ -122,6 +122,21 @@ def test_an_adapter_on_experts_made_by_peft_goes_on_here(tmp_path, sums_file):
     assert off(got, theirs) < 2e-5
     c = json.loads((out / "export/adapter_config.json").read_text())
     assert (c["r"], c["lora_alpha"], c["modules_to_save"]) == (2, 5.0, ["lm_head"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_through_a_cache(tmp_path, name):
+    model = write(tmp_path / "m", name, torch.bfloat16)
+    convert.write_model(str(tmp_path / "m"), tmp_path / "cache", to="orbax")
+    ids = np.random.default_rng(0).integers(3, V, (2, 20))
+    with torch.no_grad():
+        want = model.float()(torch.tensor(ids)).logits.numpy()
+    assert off(forward(open_model(str(tmp_path / "cache")), ids).logits(), want) < 2e-5
+    convert.write_model(str(tmp_path / "cache"), tmp_path / "back")
+    before, after = load.read_folder(tmp_path / "m"), load.read_folder(tmp_path / "back")
+    assert set(before) == set(after)
+    for n, t in before.items():
+        np.testing.assert_array_equal(t.open().view(np.uint8), after[n].open().view(np.uint8))
 
 
 SCRIPT = """
