@@ -51,10 +51,9 @@ def prefill(
     """Prompts read once, each then in `copies` rows."""
     c = model.c
     B = ids_BT.shape[0]
-    groups = {name: jax.tree.leaves(w)[0].shape[0] for name, w in weights.items() if "layers_" in name}
     position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
-    empty = _place(Cache.empty(groups, c, B, size))
-    outputs, cache = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, empty)
+    read: Any = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, keep=True)
+    outputs, cache = read[0], read[1].grown(size)
     logits_BV = outputs.logits(outputs.hidden_BTD[:, -1:])[:, 0]
     cache = _place(_rows(cache, lambda x, axis: jnp.repeat(x, copies, axis)))
     seen_RV = None
@@ -82,7 +81,7 @@ def _place(cache: Any) -> Cache:
         return there if there and size % math.prod(mesh.shape[a] for a in there) == 0 else None
 
     def layer(x: Array) -> Array:
-        spec = PartitionSpec(None, axes(x.shape[1], *BATCH_AXES), None, axes(x.shape[3], "tensor"), None)
+        spec = PartitionSpec(None, axes(x.shape[1], *BATCH_AXES), axes(x.shape[2], "tensor"), None, None)
         return jax.lax.with_sharding_constraint(x, spec)
 
     segment_BS = jax.lax.with_sharding_constraint(

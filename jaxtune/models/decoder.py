@@ -20,10 +20,14 @@ from jaxtune.layers import (
     Head,
     Linear,
     Outputs,
+    Past,
     Readout,
     RMSNorm,
     Rope,
+    Scores,
+    after,
     attend,
+    attend_past,
     constrain,
     rope_tables,
     rotate,
@@ -133,32 +137,38 @@ class DecoderConfig:
 class Cache:
     """Keys and values of what has been read: `layers` per group of layers, the rest shared by all layers."""
 
-    layers: Mapping[str, tuple[Array, Array]]  # group -> k, v of [L, B, S, K, H]
-    segment_BS: Array  # 1 where a token stands, 0 where padding does
+    layers: Mapping[str, tuple[Array, Array]]  # group -> k, v of [L, B, K, S, H]
+    segment_BS: Array  # 1 where a token stands, 0 where padding or nothing does
     length: Array  # how many of the S places are taken
 
-    @classmethod
-    def empty(cls, groups: Mapping[str, int], c: DecoderConfig, batch: int, size: int) -> "Cache":
-        def zeros(n: int) -> Array:
-            return jnp.zeros((n, batch, size, c.kv_heads, c.head), c.dtype)
+    def grown(self, size: int) -> "Cache":
+        """With so many places."""
+        more = size - self.segment_BS.shape[1]
+        layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))), self.layers)
+        return Cache(layers, jnp.pad(self.segment_BS, ((0, 0), (0, more))), self.length)
 
-        layers = {name: (zeros(n), zeros(n)) for name, n in groups.items()}
-        return cls(layers, jnp.zeros((batch, size), jnp.int32), jnp.int32(0))
+    def with_new(self, layers: Mapping[str, tuple[Array, Array]], segment_BT: Array) -> "Cache":
+        """With new keys and values, `[L, B, K, T, H]`, in the next places."""
+
+        def put(old: Array, new: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis)
+
+        both = jax.tree.map(lambda old, new: put(old, new, 3), dict(self.layers), dict(layers))
+        return Cache(both, put(self.segment_BS, segment_BT, 1), self.length + segment_BT.shape[1])
 
 
 class Where(NamedTuple):
     """At which positions and segments tokens stand; the same for every layer."""
 
     tables: tuple[Array, Array]  # of `rope_tables`
-    q_segment_BT: Array
-    k_segment_BS: Array
-    start: Any  # place of the first query among the keys
+    segment_BT: Array
+    past: Any  # segment_BS and length of the cache; None without
 
 
 class Own(NamedTuple):
     """What a layer has of its own, beside its weights."""
 
-    cache: Any  # k, v
+    cache: Any  # k, v of the past; () where there is none but the new ones are wanted; None where they are not
     rope: Any  # which table; None is the first
     window: Any  # how many keys a query sees; None is the config's one window
 
@@ -177,25 +187,18 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = c.norm("q_norm", q_axes)(q_BTNH), c.norm("k_norm", k_axes)(k_BTKH)
         table = [t[0 if own.rope is None else own.rope] for t in where.tables]
         q_BTNH, k_BTKH = rotate(q_BTNH, *table), rotate(k_BTKH, *table)
-        cache = None
-        if own.cache is not None:
-            old_k_BSKH, old_v_BSKH = own.cache
-            k_BTKH = jax.lax.dynamic_update_slice_in_dim(old_k_BSKH, k_BTKH, where.start, 1)
-            v_BTKH = jax.lax.dynamic_update_slice_in_dim(old_v_BSKH, v_BTKH, where.start, 1)
-            cache = k_BTKH, v_BTKH
+        scores = Scores(c.attention_scale, c.attention_softcap)
         window = (c.windows[0] if c.windows else 0) if own.window is None else own.window
-        o_BTNH = attend(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            where.q_segment_BT,
-            where.k_segment_BS,
-            where.start,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            window=window,
-        )
-        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(o_BTNH), cache
+        new = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
+        if own.cache:
+            past = Past(*own.cache, *where.past)
+            o_BTNH = attend_past(q_BTNH, *new, where.segment_BT, past, scores, window)
+            new = after(new[0], o_BTNH), after(new[1], o_BTNH)  # so that they are written over a past that was read
+        else:
+            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window)
+        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(
+            o_BTNH
+        ), None if own.cache is None else new
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
         c, bias = self.c, self.c.qkv_bias
@@ -245,7 +248,7 @@ class Block(nn.Module):
         h_BTD, routed = norm(names.mlp_in, x_BTD), None
         if c.experts:
             moe = Moe(c.dims, ACTIVATIONS[c.act], c.top_k, c.normalise_top_k, name="mlp")
-            m_BTD, routed = moe(h_BTD, where.q_segment_BT)
+            m_BTD, routed = moe(h_BTD, where.segment_BT)
         else:
             m_BTD = Mlp(c, name="mlp")(h_BTD)
         x_BTD = x_BTD + norm(names.mlp_out, m_BTD) * c.residual_scale
@@ -253,7 +256,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to `Outputs`; with a cache also the cache with these tokens in it.
+    """Token ids to `Outputs`; with a cache, or where one is to be kept, also the cache with these tokens in it.
 
     `segment_BT` numbers the packed sequences of a row, from 1; 0 is padding. `position_BT` restarts in each.
     """
@@ -262,19 +265,15 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids_BT: Array, segment_BT: Array, position_BT: Array, cache: Cache | None = None
+        self, ids_BT: Array, segment_BT: Array, position_BT: Array, cache: Cache | None = None, keep: bool = False
     ) -> tuple[Outputs, Cache | None]:
         c = self.c
-        start: Any = 0
-        k_segment_BS = segment_BT
-        if cache is not None:
-            start = cache.length
-            k_segment_BS = jax.lax.dynamic_update_slice_in_dim(cache.segment_BS, segment_BT, start, 1)
         embed = Embed(c.dims, jnp.dtype(c.dtype), name="embed_tokens")
         x_BTD = constrain(embed(ids_BT))
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
-        where = Where(rope_tables(c.ropes, position_BT, segment_BT), segment_BT, k_segment_BS, start)
+        past = None if cache is None else (cache.segment_BS, cache.length)
+        where = Where(rope_tables(c.ropes, position_BT, segment_BT), segment_BT, past)
         rope_L = np.array(c.rope_of, np.int32) if len(set(c.rope_of)) > 1 else None
         window_L = np.array([w or 2**30 for w in c.windows], np.int32) if len(set(c.windows)) > 1 else None
         layers, routed, first = {}, [], 0
@@ -282,13 +281,15 @@ class Decoder(nn.Module):
         for count, (name, group) in zip(groups, stack(Block, groups, c.remat, c), strict=True):
             here = slice(first, first + count)
             rope, window = (None if x is None else jnp.asarray(x[here]) for x in (rope_L, window_L))
-            own = Own(cache.layers[name] if cache else None, rope, window)
+            own = Own(cache.layers[name] if cache else () if keep else None, rope, window)
             x_BTD, (layers[name], chose) = group(x_BTD, own, where)
             routed.append(chose)
             first += count
         x_BTD = c.norm("norm")(x_BTD)
         if cache is not None:
-            cache = Cache(layers, k_segment_BS, start + ids_BT.shape[1])
+            cache = cache.with_new(layers, segment_BT)
+        elif keep:
+            cache = Cache(layers, segment_BT, jnp.int32(ids_BT.shape[1]))
         loss = None
         if c.experts:
             taken_E, p_E = (sum(x.sum(0) for x in xs) for xs in zip(*routed, strict=True))
