@@ -233,7 +233,7 @@ class Config(_Strict):
     """A whole run."""
 
     model: str = DEMO
-    """A model folder in Hugging Face format, a hub id, or "demo"."""
+    """A model folder in Hugging Face format or a cache of one, here or at gs://…, a hub id, or "demo"."""
     output: str = "runs/run"
     """The run folder."""
     data: Data = Data()
@@ -394,7 +394,7 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Relative paths joined to `folder`. A model that is no folder there may be a hub id and stays as it is."""
 
     def joined(value: Any, must: bool = True) -> Any:
-        if not isinstance(value, str) or value in (DEMO, "") or Path(value).is_absolute():
+        if not isinstance(value, str) or value in (DEMO, "") or "://" in value or Path(value).is_absolute():
             return value
         path = Path(os.path.normpath(folder / Path(value).expanduser()))
         return str(path) if must or path.exists() or value.startswith((".", "~")) or value.count("/") != 1 else value

@@ -27,9 +27,10 @@ from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
 from jaxtune.data.pipeline import Batch, Prepared
 from jaxtune.errors import UserError
-from jaxtune.hf import adapters, files, tokenizer
+from jaxtune.hf import adapters, files, remote, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models import families
+from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuning import method as tuning_method
@@ -42,7 +43,7 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: the demo's, a local one, or a snapshot of a hub repository.
+    """The folder of a model: the demo's, a local one, a remote one's small files, or a snapshot of a hub repository.
 
     Raises:
       UserError: there is no such folder, and it is not a hub id that can be had.
@@ -52,6 +53,10 @@ def model_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if "://" in name:
+        return remote.fetch(name.rstrip("/"))
+    if name in PRESETS:
+        raise UserError(f"model {name}: a preset has no weights and no tokenizer; give a folder or a hub id")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise UserError(f"model {name}: no such folder")
     import huggingface_hub

@@ -127,7 +127,7 @@ def write_tokenizer(folder: Path, texts: list[str], vocab: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def write_random_model(folder: Path, c: DecoderConfig, seed: int) -> None:
+def write_random_model(folder: Path, c: DecoderConfig, seed: int, shard_bytes: int = files.SHARD_BYTES) -> None:
     """A model folder with fresh weights: normal with deviation 0.02, norms one, as Hugging Face draws them."""
     rng = np.random.default_rng(seed)
 
@@ -142,7 +142,7 @@ def write_random_model(folder: Path, c: DecoderConfig, seed: int) -> None:
     (folder / "config.json").write_text(
         json.dumps(families.to_hf(c) | {"bos_token_id": 1, "eos_token_id": 2}, indent=2) + "\n"
     )
-    files.write_folder(folder, files.entries(boxes, np.dtype("float32"), c.family))
+    files.write_folder(folder, files.entries(boxes, np.dtype("float32"), c.family), shard_bytes)
 
 
 def main() -> None:

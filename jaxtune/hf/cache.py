@@ -24,7 +24,7 @@ from jaxtune.weights import path_name
 
 MARK, WEIGHTS = "weights.json", "weights"
 _CHUNK_BYTES = 2**26
-_POOL_BYTES = 2**30  # of decoded chunks, for tensors that share one
+_POOL_BYTES = 2**28  # of decoded chunks, for tensors that share one
 
 
 class Cached:
@@ -34,32 +34,33 @@ class Cached:
         self.dtype, self.shape = dtype, layout.hf_shape(w)
         self._folder, self._plain, self._w, self._at = folder, plain, w, at
 
-    def part(self, rest: tuple[slice, ...]) -> np.ndarray:
+    def part(self, w: Weight, rest: tuple[slice, ...]) -> np.ndarray:
         """Slices of the tensor in our layout; only their chunks are read."""
         slices = iter(rest)
         names = [str(n) for n in self._w.names if n != "layers"]
         index = tuple(self._at[n] if n in self._at else next(slices) for n in names)
-        return _array(self._folder / WEIGHTS / _unit(self._plain), _key(self._plain))[index].read().result()
+        place = self._folder / WEIGHTS / _unit(self._plain)
+        return _array(place, _key(self._plain), bool(self._at))[index].read().result()
 
     def open(self) -> np.ndarray:
         whole = (slice(None),) * (len(self._w.names) - len(layout.apart(self._w)))
-        return layout.to_hf(self.part(whole), self._w)
+        return layout.to_hf(self.part(self._w, whole), self._w)
 
 
 @functools.cache
-def _context() -> Any:
+def _context(pool: bool) -> Any:
     import tensorstore as ts
 
-    return ts.Context({"cache_pool": {"total_bytes_limit": _POOL_BYTES}})
+    return ts.Context({"cache_pool": {"total_bytes_limit": _POOL_BYTES if pool else 0}})
 
 
 @functools.lru_cache(1024)
-def _array(checkpoint: Path, key: str) -> Any:
+def _array(checkpoint: Path, key: str, pool: bool) -> Any:
     import tensorstore as ts
 
     store = {"driver": "ocdbt", "base": checkpoint.resolve().as_uri(), "path": f"{key}/"}
     try:
-        return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=_context()).result()
+        return ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=_context(pool)).result()
     except (ValueError, OSError) as e:
         reason = " ".join(str(e).split())[:160]
         raise UserError(f"{checkpoint}: {key} cannot be read ({reason}); convert the model again") from e

@@ -41,6 +41,7 @@ DTYPES = {
 NAMES = {v: k for k, v in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+LONGEST_HEADER = 100_000_000  # bytes, as the library has it
 
 
 class Tensor(NamedTuple):
@@ -66,18 +67,24 @@ def read_header(file: Path) -> dict[str, Tensor]:
     Raises:
       UserError: the file is missing, cut short, or its header is damaged.
     """
-    remedy = "copy or download the file again"
     try:
         size = file.stat().st_size
         with file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise UserError(
-                    f"{file}: not a whole safetensors file (header of {length} bytes, file {size}); {remedy}"
-                )
-            header = json.loads(f.read(length))
+            head = f.read(8)
+            blob = f.read(min(int.from_bytes(head, "little"), LONGEST_HEADER))
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such file; is the folder whole?") from e
+    return parse_header(file, head, blob, size)
+
+
+def parse_header(file: Path, head: bytes, blob: bytes, size: int) -> dict[str, Tensor]:
+    """The tensors that a header names: `head` is its length in eight bytes, `blob` its JSON, `size` the file's."""
+    remedy = "copy or download the file again"
+    length = int.from_bytes(head, "little")
+    if size < 8 or length > size - 8 or len(blob) < length:
+        raise UserError(f"{file}: not a whole safetensors file (header of {length} bytes, file {size}); {remedy}")
+    try:
+        header = json.loads(blob)
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise UserError(f"{file}: the safetensors header is damaged ({e}); {remedy}") from e
     if not isinstance(header, dict):

@@ -68,7 +68,7 @@ def hf_names(path: str, w: Weight, family: str) -> list[str]:
     return out
 
 
-def _body(w: Weight) -> tuple[int, ...]:
+def body(w: Weight) -> tuple[int, ...]:
     """The shape of one tensor's array here."""
     outside = apart(w)
     return tuple(s for n, s in zip(w.names, w.value.shape, strict=True) if n not in outside)
@@ -81,20 +81,23 @@ def transposed(w: Weight) -> bool:
 
 def hf_shape(w: Weight) -> tuple[int, ...]:
     """The shape of one tensor in a Hugging Face file."""
-    body = _body(w)
+    sizes = body(w)
     if not transposed(w):
-        return (prod(body),) if w.n_in == 0 else body
-    return prod(body[w.n_in :]), prod(body[: w.n_in])
+        return (prod(sizes),) if w.n_in == 0 else sizes
+    return prod(sizes[w.n_in :]), prod(sizes[: w.n_in])
 
 
-def from_hf(tensor: np.ndarray, w: Weight) -> np.ndarray:
-    """One tensor in our layout: a view, so that slicing it reads only the slice."""
-    body = _body(w)
+def from_hf(tensor: np.ndarray, w: Weight, cut: Mapping[int, int] | None = None) -> np.ndarray:
+    """One tensor in our layout: a view, so that slicing it reads only the slice.
+
+    `cut` says which axes of ours are shorter in this tensor than in the weight, and how long they are.
+    """
+    sizes = tuple((cut or {}).get(a, n) for a, n in enumerate(body(w)))
     if not transposed(w):
-        return tensor.reshape(body)
-    n_out = len(body) - w.n_in
-    view = tensor.reshape(*body[w.n_in :], *body[: w.n_in])
-    return view.transpose(*range(n_out, len(body)), *range(n_out))
+        return tensor.reshape(sizes)
+    n_out = len(sizes) - w.n_in
+    view = tensor.reshape(*sizes[w.n_in :], *sizes[: w.n_in])
+    return view.transpose(*range(n_out, len(sizes)), *range(n_out))
 
 
 def to_hf(array: np.ndarray, w: Weight) -> np.ndarray:

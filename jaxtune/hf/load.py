@@ -1,8 +1,9 @@
 """Tensors of files into sharded arrays: which tensor goes where, and reading each device's part by itself."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxtune.errors import UserError
-from jaxtune.hf import cache, files, layout, pickles
+from jaxtune.hf import cache, files, layout, pickles, remote
 from jaxtune.layers import Weight, is_weight
 from jaxtune.weights import path_name
 
+_ALIGNMENT = 64  # bytes
 _READERS = 4  # weights that are read at the same time; each holds one host copy of a device's part
 
 
@@ -53,7 +55,12 @@ def read_folder(folder: Path, weights: Any = None, family: str = "llama") -> dic
     """
     if (folder / cache.MARK).exists():
         return dict(cache.read(folder, weights, family))
-    read: Mapping[str, Callable[[Path], dict[str, files.Tensor]]] = {
+    if (folder / remote.MARK).exists():
+        from_store = remote.reader(folder)
+        if (index := folder / files.INDEX).exists():
+            return _read_shards(folder, index, from_store)
+        return dict(from_store(folder / "model.safetensors"))
+    read: Mapping[str, Callable[[Path], Mapping[str, Stored]]] = {
         "model.safetensors": files.read_header, "pytorch_model.bin": pickles.read,
     }  # fmt: skip
     for name, reader in read.items():
@@ -69,7 +76,7 @@ def read_folder(folder: Path, weights: Any = None, family: str = "llama") -> dic
     )
 
 
-def _read_shards(folder: Path, index: Path, reader: Callable[[Path], dict[str, files.Tensor]]) -> dict[str, Stored]:
+def _read_shards(folder: Path, index: Path, reader: Callable[[Path], Mapping[str, Stored]]) -> dict[str, Stored]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         if not all(isinstance(x, str) for pair in weight_map.items() for x in pair):
@@ -81,15 +88,25 @@ def _read_shards(folder: Path, index: Path, reader: Callable[[Path], dict[str, f
         held = reader(files.inside(folder, shard))
         if twice := sorted(set(held) & set(tensors)):
             raise UserError(f"{folder / shard}: holds {twice[0]}, which another shard holds too; copy the folder again")
-        tensors |= held
+        tensors.update(held)
     if missing := sorted(set(weight_map) - set(tensors)):
         raise UserError(f"{index}: names tensors that no shard holds: {', '.join(missing[:5])}")
     return tensors
 
 
+def _aligned(sizes: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array that begins where the CPU backend wants it, so that it is taken as it is and not copied."""
+    n = prod(sizes) * np.dtype(dtype).itemsize
+    buffer = np.empty(n + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + n].view(dtype).reshape(sizes)
+
+
 def _part(tensor: Stored, w: Weight, rest: tuple[slice, ...]) -> np.ndarray:
     """Slices of a tensor in our layout."""
-    return tensor.part(rest) if isinstance(tensor, cache.Cached) else layout.from_hf(tensor.open(), w)[rest]
+    if isinstance(tensor, cache.Cached | remote.Remote):
+        return tensor.part(w, rest)
+    return layout.from_hf(tensor.open(), w)[rest]
 
 
 def match(
@@ -156,7 +173,7 @@ def load(found: Mapping[str, list[Stored]], weights: Any, shardings: Any, family
             which = grid[tuple(index[a] for a in axes)]
             rest = tuple(s for a, s in enumerate(index) if a not in axes)
             sizes = [len(range(*s.indices(n))) for s, n in zip(index, w.value.shape, strict=True)]
-            out = np.empty(sizes, w.value.dtype)
+            out = _aligned(sizes, w.value.dtype)
             by_tensor = np.moveaxis(out, axes, range(len(axes)))
             for at in np.ndindex(which.shape):
                 part = _part(tensors[which[at]], w, rest)
