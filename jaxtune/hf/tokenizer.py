@@ -1,12 +1,16 @@
 """Tokenizers of model folders, by transformers: the ids here are those that the exported model will get there."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtune.errors import UserError
+from jaxtune.hf import foreign_tokenizers
 
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -14,22 +18,43 @@ FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load(folder: Path) -> Any:
     """The folder's tokenizer as transformers builds it, with its special tokens and its chat template, if it has one.
 
+    A folder with a LLaMA's `tokenizer.model` alone (sentencepiece or tiktoken) gives the ids that those programs give.
+
     Raises:
       UserError: there is no tokenizer, or it is damaged.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch, which is not needed
-    import transformers
-
     if not any((folder / f).exists() for f in FILES):
         raise UserError(f"{folder}: has no tokenizer; one of {', '.join(FILES)} was expected")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as e:  # the tokenizers library raises bare Exception on a damaged file
-        raise UserError(f"{folder}: the tokenizer cannot be read ({' '.join(str(e).split())[:200]})") from e
+    made: Mapping[str, bytes] = {}
+    model = folder / "tokenizer.model"
+    if model.exists() and not (folder / "tokenizer.json").exists():
+        with contextlib.suppress(UserError):  # not a LLaMA's: left to transformers, which tells what is wrong with it
+            made = foreign_tokenizers.from_meta(model, vocab=2**31, context=2**31)
+    if made:
+        with tempfile.TemporaryDirectory() as tmp:
+            for f in folder.iterdir():
+                if f.is_file() and f.suffix in (".json", ".jinja"):
+                    shutil.copyfile(f, Path(tmp) / f.name)
+            for name, blob in made.items():
+                if not (Path(tmp) / name).exists():
+                    (Path(tmp) / name).write_bytes(blob)
+            tokenizer = _open(Path(tmp), folder, "PreTrainedTokenizerFast")  # others make theirs anew
+    else:
+        tokenizer = _open(folder, folder, "AutoTokenizer")
     tokenizer.model_max_length = int(1e30)  # rows are cut to data.max_length here, so its warning would mislead
     if isinstance(tokenizer.chat_template, dict):  # several by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     return tokenizer
+
+
+def _open(folder: Path, place: Path, kind: str) -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch, which is not needed
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # the tokenizers library raises bare Exception on a damaged file
+        raise UserError(f"{place}: the tokenizer cannot be read ({' '.join(str(e).split())[:200]})") from e
 
 
 def _read_json(file: Path) -> dict[str, Any]:
