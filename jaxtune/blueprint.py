@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Blueprint(NamedTuple):
     labels: Tree
     shardings: Tree
     tensors: dict[str, list[load.Stored]]  # by path, see `layout.places`
-    names: Collection[str]  # of the folder's tensors
+    stored: Mapping[str, load.Stored]  # the folder's tensors
     stored_vocab: int  # tokens of the folder's model
 
     @property
@@ -91,12 +91,12 @@ def draw(
     labels = tuning.label(method, wrapped)
     weights = tuning.cast(wrapped, labels, compute_dtype)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
-    names = set(stored)
+    mine = stored
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
     where = sharding.shardings(weights, mesh, log.warn)
-    return Blueprint(folder, decoder, method, weights, labels, where, tensors, names, stored_vocab)
+    return Blueprint(folder, decoder, method, weights, labels, where, tensors, mine, stored_vocab)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -179,10 +179,15 @@ def full_tensors(
                     return data()[:n].astype(to, copy=False)
 
             out[hf_name] = files.Entry((rows, *tensor.shape[1:]), wanted, final)
-    if b.decoder.tied and layout.HEAD in b.names and layout.EMBED in out:  # under the name, or names, that the base has
+    if only_whole:
+        return out
+    if b.decoder.tied and layout.HEAD in b.stored:  # under the name, or names, that the base has
         out[layout.HEAD] = out[layout.EMBED]
-        if layout.EMBED not in b.names:
+        if layout.EMBED not in b.stored:
             del out[layout.EMBED]
+    for name, t in b.stored.items():  # buffers that old files carry go along
+        if layout.UNTRAINED.search(name):
+            out[name] = files.Entry(t.shape, t.dtype, t.open)
     return out
 
 

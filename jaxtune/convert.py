@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtune import blueprint, config, log, sharding, tuned
 from jaxtune.errors import UserError, nearest
-from jaxtune.hf import cache, files, foreign, tokenizer
+from jaxtune.hf import cache, files, foreign, remote, tokenizer
 from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
 
@@ -56,7 +56,8 @@ def write_model(
         if value is not None and value not in known:
             raise UserError(f"{option} {value!r} is not known{nearest(value, known)}")
     s = _open(source, adapter, None if dtype is None else DTYPES[dtype])
-    about = {"from": [_fingerprint(Path(p)) for p in (source, adapter) if p], "as": [dtype, to, shard_bytes]}
+    places = {Path(p).absolute() for p in (source, adapter, *s.folders) if p and Path(p).exists()}
+    about = {"from": [_fingerprint(p, target) for p in sorted(places)], "as": [dtype, to, shard_bytes]}
     with files.resumable(target, about) as folder, log.Progress(sum(t.nbytes for t in s.tensors.values())) as bar:
         for place in s.folders:
             mine = files.LICENCE_FILES if place is s.folders[0] else ()
@@ -102,8 +103,11 @@ def _cast(entry: files.Entry, dtype: np.dtype) -> files.Entry:
     return files.Entry(entry.shape, dtype, data)
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    """What a source was when it was opened: its files, their sizes and times."""
+def _fingerprint(path: Path, target: Path) -> list[Any]:
+    """What a source was when it was opened: its files, their sizes and times; of a remote one, what its store says."""
+    if (mark := path / remote.MARK).exists():
+        return [str(path), mark.read_text()]
     found = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    stats = [(f, f.stat()) for f in found if f.exists()]
-    return [str(path.absolute()), [[f.name, s.st_size, s.st_mtime_ns] for f, s in stats]]
+    half = files.partial(target).absolute()
+    stats = [(f, f.stat()) for f in found if not f.is_relative_to(half)]
+    return [str(path), [[f.name, s.st_size, s.st_mtime_ns] for f, s in stats]]

@@ -190,13 +190,40 @@ class _Texts:
         self.new: list[list[int]] = [[] for _ in self.prompts]
         self.logprobs: list[list[float]] = [[] for _ in self.prompts]
         self.ended: list[str | None] = [None] * len(self.prompts)
+        self.switch = _switch(g.model)
 
     @property
     def finished(self) -> bool:
         return all(self.ended)
 
     def advance(self, n: int) -> None:
-        """Decode `n` tokens and look for ends."""
+        """Decode up to `n` tokens and look for ends."""
+        short = [self.switch + 1 - size for size in self._sizes() if size <= self.switch]
+        n = min([n, *short])  # no further than where keys that were read before have to be read again
+        self._decode(n)
+        if n in short:
+            self._read_again()
+
+    def _sizes(self) -> list[int]:
+        """How many tokens each row that goes on has."""
+        rows = zip(self.prompts, self.new, self.ended, strict=True)
+        return [len(ids) + len(new) for ids, new, ended in rows if not ended]
+
+    def _read_again(self) -> None:
+        """Prompts and what came after them, as one."""
+        d, s = self.d, self.s
+        rows = [[*ids, *new] for ids, new in zip(self.prompts, self.new, strict=True)]
+        T = _bucket(max(map(len, rows)))
+        ids_RT, segment_RT = np.zeros((2, d.position_R.shape[0], T), np.int32)
+        for row, ids in enumerate(rows):
+            ids_RT[row, T - len(ids) :], segment_RT[row, T - len(ids) :] = ids, 1
+        size = _bucket(T + max(self.limits) + _AHEAD)
+        again = decoding.prefill(
+            self.g.model, self.g.weights, ids_RT, segment_RT, d.key_R, size, 1, s.repetition_penalty != 1.0
+        )
+        self.d = again._replace(made=d.made, done_R=d.done_R)
+
+    def _decode(self, n: int) -> None:
         out = decoding.decode(self.g.model, self.g.weights, self.d, _on_device(self.s), n, self.ends)
         self.d = out[0]
         tokens_nR, logprobs_nR = (np.asarray(x) for x in out[1])
@@ -242,6 +269,12 @@ class _Beams:
     def __init__(self, g: Generator, prompts: Sequence[Prompt], s: Sampling) -> None:
         self.g, self.s = g, s
         self.read, self.d = g._read(prompts, s, s.beams)
+        switch = _switch(g.model)
+        if any(len(ids) <= switch < len(ids) + n for ids, n in zip(self.read.ids, self.read.limits, strict=True)):
+            raise UserError(
+                f"beams={s.beams}: a text would pass {switch} tokens, where LongRoPE changes its factors, which beam "
+                "search does not follow; lower max_new_tokens or take beams=1"
+            )
         B = self.d.position_R.shape[0] // s.beams
         limits = [*self.read.limits, *[0] * (B - len(self.read.limits))]  # rows of padding are done
         self.x = sampling.begin(jnp.array(limits, jnp.int32), _bucket(max(limits)), s)
@@ -266,6 +299,11 @@ class _Beams:
         return out
 
 
+def _switch(model: Decoder) -> int:
+    """The length after which all keys turn otherwise, and are read again (LongRoPE); beyond the context where none."""
+    return min((r.context for r in model.c.ropes if r is not None and r.kind == "longrope"), default=2**31)
+
+
 def _on_device(s: Sampling) -> Sampling:
     """What the compiled functions depend on."""
     rest: Any = {"stop": (), "stop_ids": (), "seed": 0, "samples": 1, "length_penalty": 1.0, "early_stopping": False}
@@ -286,7 +324,7 @@ def _completed(pair: tuple[list[int], int]) -> int:
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """Characters at the end that may yet become a stop string, or are half of a character."""
-    half = 1 if text.endswith("\ufffd") else 0
+    half = len(text) - len(text.rstrip("\ufffd"))
     return max([half, *(n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))])
 
 

@@ -64,7 +64,7 @@ def model_folder(name: str) -> Path:
 
     wanted = [*files.SIDE_FILES, *files.LICENCE_FILES, "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise UserError(
             f"model {name}: neither a folder here nor to be had from the hub ({type(e).__name__}); give "
@@ -129,7 +129,8 @@ def _digest(b: Blueprint) -> str:
     h = hashlib.blake2b((b.folder / "config.json").read_bytes(), digest_size=16)
     for name, ts in sorted(b.tensors.items()):
         h.update(f"{name} {[(t.dtype.name, t.shape) for t in ts]}".encode())
-        h.update(ts[0].open().reshape(-1)[:4096].tobytes())
+        if isinstance(ts[0], files.Tensor):  # elsewhere a look would read the whole tensor
+            h.update(ts[0].open().reshape(-1)[:4096].tobytes())
     return h.hexdigest()
 
 
@@ -141,18 +142,20 @@ def prepare(c: Config) -> Job:
     """
     folder = model_folder(c.model)
     decoder = families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # likely mistakes first
-    words = tokenizer.load(folder)
-    vocab = vocabulary(c.vocabulary, words, decoder.vocab, str(folder))
+    read = adapters.Adapter(Path(c.tuning.adapter)) if isinstance(c.tuning, config.Lora) and c.tuning.adapter else None
+    rows = max(decoder.vocab, (read.rows() or 0) if read is not None else 0)
+    side = tokenizer_folder(folder, read)
+    words = tokenizer.load(side)
+    vocab = vocabulary(c.vocabulary, words, rows, str(side))
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
     mesh = sharding.make_mesh(c.mesh)
-    read = adapters.Adapter(Path(c.tuning.adapter)) if isinstance(c.tuning, config.Lora) and c.tuning.adapter else None
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
-    if b.decoder.vocab > decoder.vocab and not _tables_train(b):
+    if b.decoder.vocab > rows and not _tables_train(b):
         log.warn("vocabulary: the new tokens' embeddings do not train; tuning.train=[embeddings, head] would let them")
     if c.data.max_length > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
@@ -182,6 +185,12 @@ def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:
     if not (c.grow or c.add or c.special):
         tokenizer.check_size(words, rows, place)
     return max(rows, tokenizer.size(words))
+
+
+def tokenizer_folder(model: Path, adapter: adapters.Adapter | None) -> Path:
+    """Where the tokenizer is: with the adapter, if it brings one, else with the model."""
+    brings = adapter is not None and any((adapter.folder / f).exists() for f in tokenizer.FILES)
+    return adapter.folder if adapter is not None and brings else model
 
 
 def _tables_train(b: Blueprint) -> bool:

@@ -213,7 +213,6 @@ def write_export(
     target: Path, b: Blueprint, weights: Tree, c: Config, template: str | None, whole: bool = False
 ) -> None:
     """The tuned model as a folder: an adapter where the method is LoRA and `whole` is not asked for."""
-    grown = c.vocabulary.add or c.vocabulary.special
     with files.whole(target, replace=True) as folder:
         files.copy_files(b.folder, folder, files.LICENCE_FILES)
         if isinstance(c.tuning, config.Lora) and not whole:
@@ -221,17 +220,18 @@ def write_export(
             base = os.path.abspath(b.folder) if c.model == DEMO or Path(c.model).is_dir() else c.model
             brings = blueprint.full_tensors(b, weights, only_whole=True)
             adapters.write(folder, weights, base, b.decoder.family, brings, t.dropout, t.rslora)
-            files.copy_files(
-                b.folder, folder, [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
-            )
+            words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
+            files.copy_files(b.folder, folder, words)
+            if t.adapter is not None:
+                files.copy_files(Path(t.adapter), folder, words)
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))
             blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder.vocab)
-        if grown:
-            words = tokenizer.load(b.folder)
-            tokenizer.add(words, c.vocabulary.add, c.vocabulary.special)
-            words.save_pretrained(folder)
+        if c.vocabulary.add or c.vocabulary.special:
+            grown = tokenizer.load(folder)
+            tokenizer.add(grown, c.vocabulary.add, c.vocabulary.special)
+            grown.save_pretrained(folder)
         if template and tokenizer.load(folder).chat_template != template:
             (folder / "chat_template.jinja").write_text(template)
 

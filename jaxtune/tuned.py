@@ -151,8 +151,7 @@ def open_weights(
     if read is None:
         return Opened(b, weights, model)
     read.check_all_used()
-    has_words = any((read.folder / f).exists() for f in tokenizer.FILES)
-    return Opened(b, weights, read.folder if has_words else model)
+    return Opened(b, weights, job.tokenizer_folder(model, read))
 
 
 def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:

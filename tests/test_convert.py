@@ -113,11 +113,11 @@ def test_what_was_begun_is_gone_on_with(tmp_path, monkeypatch, to):
 
 def test_a_real_kill(tmp_path):
     """SIGKILL at any moment: the folder is not there or whole, and the same command ends it."""
-    folder = write_tiny(tmp_path / "m", layers=30)
+    folder = write_tiny(tmp_path / "m", layers=12)
     command = [sys.executable, "-m", "jaxtune", "convert", str(folder), str(tmp_path / "out"), "--shard-size", "1e-5"]
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial/model-0001*.safetensors")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".out.partial/model-0000[5-9]*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(p.pid, signal.SIGKILL)
     p.wait()
@@ -171,6 +171,73 @@ def test_tensors_that_two_shards_hold(tmp_path):
     shards[1].unlink()
     with pytest.raises(UserError, match=rf"{shards[1].name}: no such file"):
         open_model(str(tmp_path / "s"))
+
+
+def test_a_table_of_another_size_is_named(tmp_path):
+    folder = write_tiny(tmp_path / "m")
+    c = json.loads((folder / "config.json").read_text())
+    for rows in (290, 310):
+        (folder / "config.json").write_text(json.dumps({**c, "vocab_size": rows}))
+        with pytest.raises(
+            UserError, match=rf"mis-shaped: model.embed_tokens.weight \[300, 32\], config wants \[{rows}"
+        ):
+            open_model(str(folder))
+
+
+def test_a_folder_of_links_opens(tmp_path):
+    """As the hub's cache has it."""
+    write_model(str(write_tiny(tmp_path / "m")), tmp_path / "blobs", shard_bytes=30_000)
+    (tmp_path / "snapshot").mkdir()
+    for f in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / f.name).symlink_to(f"../blobs/{f.name}")
+    same(tmp_path / "m", tmp_path / "snapshot")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """One line; what was written stays, and the next call goes on."""
+    import orbax.checkpoint as ocp
+
+    folder = write_tiny(tmp_path / "m")
+    save, calls = ocp.Checkpointer.save, []
+
+    def full(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        return save(self, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(UserError, match=r"out: cannot write .*No space left.*run it again to go on"):
+        write_model(str(folder), tmp_path / "out", to="orbax")
+    assert len(list((tmp_path / ".out.partial/weights").iterdir())) >= 2
+    write_model(str(folder), tmp_path / "out", to="orbax")
+    assert len(calls) == 5
+    same(folder, tmp_path / "out")
+
+
+def test_another_source_is_not_mixed_in(tmp_path, monkeypatch):
+    """An adapter on a base that changed since starts afresh."""
+    from tests.tiny import write_jsonl
+
+    folder = write_tiny(tmp_path / "m", layers=3)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "1 +", "completion": f" {i}"} for i in range(8)])
+    out = run.train(make_config(folder, data, tmp_path / "r", train__steps=1))
+    read, taken = files.Tensor.open, []
+
+    def stops(self):
+        taken.append(self)
+        if len(taken) == 60:
+            raise KeyboardInterrupt
+        return read(self)
+
+    with monkeypatch.context() as m:
+        m.setattr(files.Tensor, "open", stops)
+        with pytest.raises(KeyboardInterrupt):
+            write_model(str(out / "export"), tmp_path / "out", shard_bytes=5000)
+    damage(folder, lambda arrays: arrays.update({n: a * 2 for n, a in arrays.items()}))
+    write_model(str(out / "export"), tmp_path / "out", shard_bytes=5000)
+    write_model(str(out / "export"), tmp_path / "straight", shard_bytes=5000)
+    same(tmp_path / "straight", tmp_path / "out")
 
 
 def test_a_tokenizer_larger_than_the_table(tmp_path, sums_file):

@@ -76,6 +76,37 @@ def test_an_adapter_brings_the_grown_tables(tmp_path, spoken, capsys):
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_that_grew_goes_on_without_being_told_again(tmp_path, spoken):
+    """Its tokens and their rows are its own, whatever the base's tokenizer says."""
+    folder = write_tiny(tmp_path / "m", tied=False, vocab=279)
+    lora = {"method": "lora", "rank": 2, "train": ["embeddings", "head"]}
+    first = run.train(make_config(folder, spoken, tmp_path / "r", tuning=lora, **ADD))
+    again = {"method": "lora", "adapter": str(first / "export")}
+    second = run.train(make_config(folder, spoken, tmp_path / "s", tuning=again, optim__learning_rate=1e-12))
+    ids = np.array([[279, 5, 6, 280]])
+    one, two = (open_model(str(r)) for r in (first, second))
+    np.testing.assert_allclose(logits(two, ids), logits(one, ids), atol=1e-5)
+    assert two.tokenizer("<|ask|>1", add_special_tokens=False).input_ids[0] == 279
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_tied_table_that_is_stored_as_the_head(tmp_path, spoken, twice):
+    """An adapter brings it as the embedding."""
+    from jaxtune.hf import files
+
+    folder = write_tiny(tmp_path / "m", vocab=279)
+    arrays = {n: t.open().copy() for n, t in load.read_folder(folder).items()}
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    if not twice:
+        del arrays["model.embed_tokens.weight"]
+    files.write_folder(folder, {n: files.Entry(a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()})
+    lora = {"method": "lora", "rank": 2, "train": ["embeddings"]}
+    out = run.train(make_config(folder, spoken, tmp_path / "r", tuning=lora, **ADD))
+    c = json.loads((out / "export/adapter_config.json").read_text())
+    assert c["modules_to_save"] == ["model.embed_tokens"]
+    assert logits(open_model(str(out)), np.array([[279, 280]])).shape[-1] == 281
+
+
 def test_new_tokens_that_do_not_train_are_told(tmp_path, spoken, capsys):
     folder = write_tiny(tmp_path / "m", tied=False, vocab=279)
     out = run.train(make_config(folder, spoken, tmp_path / "r", **ADD))

@@ -27,8 +27,9 @@ _PREFIX = "base_model.model."
 _EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")  # of transformers' expert modules, in their order
 _REFUSED = (
     "use_dora", "bias", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
-    "alora_invocation_tokens", "use_bdlora", "arrow_config",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations
 
 
 def _module(plain: str) -> str:
@@ -156,6 +157,11 @@ class Adapter:
         for key in _REFUSED:
             if c.get(key) not in (None, False, "none", [], {}):
                 raise UserError(f"{folder}: {key}={c[key]!r} is not supported in a LoRA adapter")
+        if str(c.get("init_lora_weights")).split("_niter")[0] in _CHANGES_BASE:
+            raise UserError(
+                f"{folder}: init_lora_weights={c['init_lora_weights']!r} changes the base model too, which is not "
+                "followed; convert the adapter to plain LoRA where it was made"
+            )
         self.folder = folder
         self._factors: dict[str, dict[str, files.Tensor]] = {}
         self._whole: dict[str, files.Tensor] = {}
@@ -264,6 +270,6 @@ class Adapter:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: float) -> float:
     """peft's rule: a pattern names a module's end."""
     for pattern, value in (patterns or {}).items():
-        if re.search(rf"(^|.*\.){pattern}$", module):
+        if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return otherwise

@@ -101,9 +101,12 @@ def write(
                 shutil.rmtree(half)
             arrays = {_key(plain): _assemble(w, names, tensors) for plain, (w, names) in parts.items()}
             options = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
-            checkpointer.save(target.resolve(), args=ocp.args.PyTreeSave(arrays, save_args=options))
+            try:
+                checkpointer.save(target.resolve(), args=ocp.args.PyTreeSave(arrays, save_args=options))
+            except ValueError as e:  # tensorstore reports a full disk so
+                raise OSError(" ".join(str(e).split())[:200]) from e
         said(held)
-    listed = {n: [files.NAMES[t.dtype], list(t.shape)] for n, t in tensors.items()}
+    listed = {n: [files.NAMES[t.dtype], list(t.shape)] for n, t in tensors.items() if not layout.UNTRAINED.search(n)}
     (folder / MARK).write_text(json.dumps({"format": 1, "tensors": listed}, indent=1) + "\n")
 
 

@@ -6,9 +6,11 @@ The format is eight bytes of header length, a JSON header, and raw little-endian
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
@@ -36,6 +38,9 @@ DTYPES = {
     "I16": np.dtype("int16"),
     "I8": np.dtype("int8"),
     "U8": np.dtype("uint8"),
+    "U16": np.dtype("uint16"),
+    "U32": np.dtype("uint32"),
+    "U64": np.dtype("uint64"),
     "BOOL": np.dtype("bool"),
 }
 NAMES = {v: k for k, v in DTYPES.items()}
@@ -105,8 +110,9 @@ def parse_header(file: Path, head: bytes, blob: bytes, size: int) -> dict[str, T
 
 def inside(root: Path, name: str) -> Path:
     """`root/name`, refused where it leads out of `root`."""
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
+    if (
+        os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == ".."
+    ):  # links, as the hub's cache has, are fine
         raise UserError(f"{root}: file name {name!r} leads out of the folder")
     return root / name
 
@@ -249,8 +255,11 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     if folder.exists() and not replace and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
+    for stale in folder.parent.glob(f".{folder.name}.*.*"):
+        if re.fullmatch(r".*\.(\d+)\.(tmp|old)", stale.name) and not _alive(int(stale.name.split(".")[-2])):
+            if stale.suffix == ".old" and not folder.exists():  # killed between the two renames
+                stale.rename(folder)
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -266,6 +275,11 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def partial(folder: Path) -> Path:
+    """Where a folder is written until it is complete."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 @contextlib.contextmanager
 def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """As `whole`, but what is there stays when the process is killed, and is gone on with when `about` is the same.
@@ -275,7 +289,7 @@ def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
-    half = folder.with_name(f".{folder.name}.partial")
+    half = partial(folder)
     half.mkdir(parents=True, exist_ok=True)
     note = half / ".about.json"
     with (half / ".lock").open("w") as lock:
@@ -304,11 +318,22 @@ def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
         half.rename(folder)
 
 
-def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the named files that exist, byte for byte."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files whose names fit a pattern, byte for byte."""
+    patterns = list(patterns)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatchcase(file.name, p) for p in patterns):
+            shutil.copyfile(file, target / file.name)
 
 
 SIDE_FILES = (
@@ -316,6 +341,7 @@ SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -324,4 +350,4 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "USE_POLICY.md")
+LICENCE_FILES = ("[Ll][Ii][Cc][Ee][Nn][SsCc][Ee]*", "NOTICE*", "Notice*", "USE_POLICY*", "ACCEPTABLE_USE*")

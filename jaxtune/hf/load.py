@@ -140,7 +140,12 @@ def match(
                 continue
             if t.shape == wanted:
                 own.append(t)
-            elif t.shape[1:] == wanted[1:] and "vocab" in w.names and stored_vocab and stored_vocab <= t.shape[0]:
+            elif (
+                t.shape[1:] == wanted[1:]
+                and "vocab" in w.names
+                and stored_vocab
+                and stored_vocab <= t.shape[0] <= wanted[0]
+            ):
                 own.append(Grown(t, wanted[0]))
             else:
                 shapes.append(f"{name} {list(t.shape)}, config wants {list(in_file)}")

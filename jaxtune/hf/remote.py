@@ -4,10 +4,12 @@ The small files (config, tokenizer, index) are copied to a local folder; `remote
 of which each process reads the bytes of its own devices' parts only.
 """
 
+import contextlib
+import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -48,19 +50,19 @@ class Remote:
         return view[tuple(slice(None) if a == axis else s for a, s in enumerate(rest))]
 
 
-class _told:  # noqa: N801  (used as a function)
+@contextlib.contextmanager
+def _told(place: str) -> Iterator[None]:
     """What an object store raises, as one line."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, e: Any, trace: Any) -> None:
-        if isinstance(e, OSError | ValueError | ImportError) and not isinstance(e, UserError):
-            reason = " ".join(str(e).split())[:200]
-            raise UserError(f"{self.place}: cannot be read ({type(e).__name__}: {reason}); look at the name and your "
-                            "rights, and that the store's package (gcsfs for gs://) is installed") from e  # fmt: skip
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(
+            f"{place}: cannot be read ({type(e).__name__}: {reason}); look at the name and your rights, and that the "
+            "store's package (gcsfs for gs://) is installed"
+        ) from e
 
 
 def fetch(url: str) -> Path:
@@ -76,14 +78,16 @@ def fetch(url: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with _told(url):
         store, path = fsspec.core.url_to_fs(url)
-        there = {f.rsplit("/", 1)[-1] for f in store.ls(path, detail=False)}
-        for name in there & set(_SMALL):
+        listed = {f["name"].rsplit("/", 1)[-1]: f for f in store.ls(path, detail=True)}
+        small = {n for n in listed if any(fnmatch.fnmatchcase(n, p) for p in _SMALL)}
+        for name in small:
             half = folder / f".{name}.{os.getpid()}"
             half.write_bytes(store.cat_file(f"{path}/{name}"))
             half.rename(folder / name)
-    for gone in set(_SMALL) - there:
-        (folder / gone).unlink(missing_ok=True)
-    (folder / MARK).write_text(json.dumps({"url": url}))
+    for gone in {f.name for f in folder.iterdir()} - small:
+        (folder / gone).unlink()
+    seen = {n: [f.get("size"), str(f.get("etag") or f.get("mtime") or f.get("created"))] for n, f in listed.items()}
+    (folder / MARK).write_text(json.dumps({"url": url, "files": seen}, sort_keys=True))
     return folder
 
 

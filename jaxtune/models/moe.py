@@ -49,15 +49,21 @@ class Experts(nn.Module):
         rows = PartitionSpec(tuple(a for a in axes if a != _EXPERT or split == 1))
 
         def spread(x_BTD: Array, chosen_BTk: Array, share_BTk: Array, gate_up: Any, down: Any) -> Array:
+            gate_up, down = (jax.tree.map(own_key, w) for w in (gate_up, down))
             y_BTD = run(x_BTD, chosen_BTk, share_BTk, gate_up, down, split)
             return y_BTD if split == 1 else jax.lax.psum_scatter(y_BTD, _EXPERT, scatter_dimension=0, tiled=True)
+
+        def is_key(a: Any) -> bool:
+            return jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+
+        def own_key(a: Any) -> Any:
+            """A device's own dropout."""
+            return jax.random.fold_in(a, jax.lax.axis_index(axes)) if is_key(a) else a
 
         by_expert = PartitionSpec(_EXPERT) if split > 1 else PartitionSpec()
 
         def specs(w: Any) -> Any:
-            return jax.tree.map(
-                lambda a: PartitionSpec() if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else by_expert, w
-            )
+            return jax.tree.map(lambda a: PartitionSpec() if is_key(a) else by_expert, w)
 
         return jax.shard_map(
             spread,
@@ -83,8 +89,9 @@ class Experts(nn.Module):
         mine_M = (expert_M >= 0) & (expert_M < own)
         order_M = jnp.argsort(jnp.where(mine_M, expert_M, own), stable=True)  # the others' rows come last
         sizes_E = jnp.bincount(jnp.where(mine_M, expert_M, own), length=own + 1)[:own].astype(jnp.int32)
-        x_MD = x_BTD.reshape(-1, D)[order_M // k]
-        gate_up_McF = grouped(gate_up, x_MD, sizes_E)
+        real_M1 = (jnp.arange(len(order_M)) < sizes_E.sum())[:, None]  # beyond them a grouped product is undefined
+        x_MD = jnp.where(real_M1, x_BTD.reshape(-1, D)[order_M // k], 0)
+        gate_up_McF = jnp.where(real_M1[..., None], grouped(gate_up, x_MD, sizes_E), 0)
         hidden_MF = self.act(gate_up_McF[:, 0]) * gate_up_McF[:, 1]
         y_MD = grouped(down, hidden_MF, sizes_E)[jnp.argsort(order_M)]
         share_M = jnp.where(mine_M, share_BTk.reshape(-1), 0)

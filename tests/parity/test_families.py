@@ -11,11 +11,12 @@ import transformers
 
 from jaxtune import blueprint
 from jaxtune.convert import write_model
+from jaxtune.errors import UserError
 from jaxtune.generate import Sampling
 from jaxtune.hf import files, load
 from jaxtune.models import families as ours
 from jaxtune.tuned import open_model
-from tests.parity.families import FAMILIES, V, write
+from tests.parity.families import FAMILIES, V, make, write
 
 T = 48  # past the original context of every scaled rope here
 
@@ -121,6 +122,43 @@ def test_greedy_generation_of_64_tokens(case):
         out = model.generate(ids, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=2)
         want = out[0, ids.shape[1] :].tolist()
         assert g.ids == (want[: want.index(2)] if 2 in want else want)
+
+
+@pytest.mark.parametrize("prompt", [9, 15, 16, 17])
+def test_longrope_reads_again_where_its_factors_change(tmp_path, prompt):
+    """Log-probabilities of 16 tokens around the original context of 16; other rows of the batch change nothing."""
+    model = write(tmp_path / "m", "phi4_mini")
+    opened = open_model(str(tmp_path / "m"))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, V, prompt).tolist(), rng.integers(3, V, 5).tolist()]
+    got = opened.generator.generate(prompts, Sampling(16, min_new_tokens=16))[0]
+    out = model.generate(
+        torch.tensor([prompts[0]]), max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0,
+        eos_token_id=2, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    assert got.ids == out.sequences[0, prompt:].tolist()
+    logp = torch.log_softmax(torch.stack(out.logits)[:, 0], -1).numpy()
+    np.testing.assert_allclose(got.logprobs, logp[np.arange(16), got.ids], atol=2e-5)
+    with pytest.raises(UserError, match="where LongRoPE changes its factors"):
+        opened.generator.generate([prompts[1]], Sampling(16, beams=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported in this family"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "are both there"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is not supported in gemma3_text"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "in some layers only is not supported"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1 is not supported"),
+        ("ministral", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention is not supported"),
+    ],
+)
+def test_what_would_change_the_logits_is_refused(name, change, words):
+    given = {**make(name).config.to_dict(), **change}
+    with pytest.raises(UserError, match=words):
+        ours.from_hf(given)
 
 
 def test_packed_is_unpacked(case):

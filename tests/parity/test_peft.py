@@ -13,6 +13,7 @@ import transformers
 from jaxtune import blueprint, config, convert, optim, run, tuned
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
+from jaxtune.errors import UserError
 from jaxtune.hf import adapters
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
@@ -197,3 +198,19 @@ def test_optimisers_step_as_torchs(name):
         p.grad = torch.tensor(g)
         opt.step()
     np.testing.assert_allclose(ours["w"], p.detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path, init):
+    folder = write_tiny(tmp_path / "m")
+    (tmp_path / "a").mkdir()
+    c = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": init}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(c))
+    with pytest.raises(UserError, match=rf"init_lora_weights='{init}' changes the base model too"):
+        open_model(str(folder), str(tmp_path / "a"))
+
+
+def test_patterns_of_ranks_are_pefts():
+    both = {"q_proj|k_proj": 3}
+    assert adapters._by_pattern(both, "model.layers.0.self_attn.k_proj", 1) == 3
+    assert adapters._by_pattern(both, "model.layers.0.self_attn.q_proj_x", 1) == 1

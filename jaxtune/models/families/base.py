@@ -113,6 +113,8 @@ def rope_from_hf(hf: Hf, head_dim: int, layer_type: str | None = None) -> Rope:
     Raises:
       UserError: its kind is not supported, or it lacks what its kind needs.
     """
+    if hf.get("rope_parameters") and hf.get("rope_scaling"):
+        raise UserError("rope_parameters and rope_scaling are both there; keep the one that holds")
     p = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     if layer_type is not None and layer_type in p:
         p = dict(p[layer_type] or {})
@@ -122,7 +124,10 @@ def rope_from_hf(hf: Hf, head_dim: int, layer_type: str | None = None) -> Rope:
     kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
     if kind not in ROPE_KINDS:
         raise UserError(f"rope_type {kind!r} is not supported{nearest(str(kind), list(ROPE_KINDS))}")
-    dim = int(head_dim * (p.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0))
+    part = p.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if part != 1.0 and hf.get("model_type") != "phi3":  # transformers heeds it for some kinds of rope only
+        raise UserError(f"partial_rotary_factor={part} is not supported in this family")
+    dim = int(head_dim * part)
     longest = hf.get("max_position_embeddings", 2048)
     original = hf.get("original_max_position_embeddings") or p.get("original_max_position_embeddings")
     if kind == "llama3" and original is None:

@@ -5,6 +5,7 @@ Gemma 3's layers with a window turn by a rotary embedding of their own.
 
 from typing import Any
 
+from jaxtune.errors import UserError
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.families import base
 
@@ -14,13 +15,17 @@ _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
     kind, n = hf["model_type"], hf["num_hidden_layers"]
-    hf = {"head_dim": 256, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", **hf}
+    longest = 131_072 if kind == "gemma3_text" else 8192
+    hf = {"head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": longest, **hf}
     if kind == "gemma":  # an early config says "gelu" and means the tanh form; `hidden_activation` was never read
-        hf = {**hf, "hidden_activation": None}
-        if hf["hidden_act"] == "gelu":
-            hf["hidden_act"] = "gelu_pytorch_tanh"
+        act = hf.get("hidden_act", "gelu")
+        hf = {**hf, "hidden_activation": "gelu_pytorch_tanh" if act == "gelu" else act}
+    else:  # `hidden_act` is never read
+        hf = {"hidden_activation": "gelu_pytorch_tanh", **hf}
     if kind == "gemma3_text":
         hf = {"rope_theta": _GLOBAL_THETA, "sliding_window": 4096, **hf}
+        if hf.get("attn_logit_softcapping"):
+            raise UserError("attn_logit_softcapping is not supported in gemma3_text (transformers does not heed it)")
     fields = base.common(hf)
     bias = bool(hf.get("attention_bias"))
     fields |= {"norm_around_one": True, "embed_scale": fields["embed"] ** 0.5, "qkv_bias": bias, "o_bias": bias}
@@ -35,7 +40,7 @@ def from_hf(hf: base.Hf) -> DecoderConfig:
         "windows": base.windows(hf, types),
         "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
         "logit_softcap": hf.get("final_logit_softcapping", caps[0]) or 0.0,
-        "attention_softcap": hf.get("attn_logit_softcapping", caps[1]) or 0.0,
+        "attention_softcap": (hf.get("attn_logit_softcapping", caps[1]) or 0.0) if kind == "gemma2" else 0.0,
     }
     if kind == "gemma3_text":
         local = {"max_position_embeddings": fields["context"], "rope_theta": hf.get("rope_local_base_freq")}

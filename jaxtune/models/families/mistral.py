@@ -8,7 +8,7 @@ from jaxtune.models.families import base
 
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
-    hf = {"num_key_value_heads": 8, "sliding_window": 4096, **hf}  # the defaults that transformers fills in
+    hf = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072, **hf}  # as transformers
     if hf["model_type"] == "mistral":  # `layer_types` mean nothing to it
         types = [base.SLIDING] * hf["num_hidden_layers"]
     else:

@@ -10,7 +10,7 @@ EXPERTS = base.Experts("block_sparse_moe", "w1", "w3", "w2")
 
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
-    hf = {"num_key_value_heads": 8, "rope_theta": 1e6, **hf}
+    hf = {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, **hf}
     return DecoderConfig(
         **base.common(hf),
         windows=base.windows(hf, [base.SLIDING] * hf["num_hidden_layers"]),

@@ -1,6 +1,7 @@
 """OLMo 2 and 3: norms after attention and mlp, queries and keys normed over all heads; OLMo 3 has windows by layer.
 
-OLMo 3's layers with a window turn by the unscaled rotary embedding.
+OLMo 3's layers with a window turn by the unscaled rotary embedding, of the same theta (transformers 5.23 takes 500,000
+for them whatever an old config's `rope_theta` says; 4.x, with which the models were made, does not).
 """
 
 from typing import Any

@@ -8,7 +8,8 @@ from jaxtune.models.families import base
 
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
-    hf = {"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, **hf}
+    sizes = {"original_max_position_embeddings": 4096, "max_position_embeddings": 4096}
+    hf = {**sizes, "rms_norm_eps": 1e-5, **hf}
     for key in ("rope_parameters", "rope_scaling"):  # Phi's first configs call LongRoPE "su" or "yarn"
         if (p := hf.get(key)) and p.get("rope_type", p.get("type")) == "yarn":
             hf[key] = {**p, "rope_type": "longrope"}

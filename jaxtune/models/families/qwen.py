@@ -12,7 +12,7 @@ EXPERTS = base.Experts("mlp", "gate_proj", "up_proj", "down_proj")
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
     kind, n = hf["model_type"], hf["num_hidden_layers"]
-    hf = {"sliding_window": 4096, **hf}
+    hf = {"sliding_window": 4096, "max_position_embeddings": 32768, **hf}
     if not hf.get("use_sliding_window"):
         hf["sliding_window"] = None
     if kind == "qwen2":

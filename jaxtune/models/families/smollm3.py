@@ -10,7 +10,13 @@ from jaxtune.models.families import base
 def from_hf(hf: base.Hf) -> DecoderConfig:
     """A config.json as `DecoderConfig`; see `base.common` for what is raised."""
     n = hf["num_hidden_layers"]
-    hf = {"num_key_value_heads": 4, "tie_word_embeddings": True, "rope_theta": 2_000_000.0, **hf}
+    hf = {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        **hf,
+    }
     every = hf.get("no_rope_layer_interval") or 4
     turns = hf.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(n)]  # 1 where positions are known
     if len(turns) < n:
