@@ -93,7 +93,7 @@ def draw(
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     mine = stored
     if adapter is not None:
-        stored = adapter.replace(stored, decoder.family)
+        stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
     where = sharding.shardings(weights, mesh, log.warn)
     return Blueprint(folder, decoder, method, weights, labels, where, tensors, mine, stored_vocab)

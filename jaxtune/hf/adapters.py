@@ -197,7 +197,7 @@ class Adapter:
         """Whether the adapter brings this weight whole."""
         return plain.endswith("/weight") and _module(plain) in self._whole
 
-    def replace(self, tensors: Mapping[str, Any], family: str) -> dict[str, Any]:
+    def replace(self, tensors: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
         """A base model's tensors with those in their places that the adapter brings whole.
 
         Raises:
@@ -207,8 +207,10 @@ class Adapter:
         for module, t in self._whole.items():
             plain = f"{module.removeprefix('model.')}.weight"
             name = plain if module == "lm_head" else layout.hf_name(plain.replace(".", "/"), family)
-            if name not in out and name != layout.HEAD:
+            if name not in out and name not in (layout.EMBED, layout.HEAD):
                 raise UserError(f"{self.folder}: brings {module}, which the model lacks")
+            if tied and name == layout.EMBED and "lm_head" not in self._whole:  # the base may hold it as the head
+                out.pop(layout.HEAD, None)
             out[name] = t
         return out
 
