@@ -1,6 +1,8 @@
 """Every family beside transformers: logits, hidden states by layer, gradients, generation, round trips."""
 
+import functools
 import json
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,17 +30,39 @@ def case(request, tmp_path_factory):
     return model, open_model(str(folder)), folder
 
 
-def run(opened, ids, segment=None, position=None, weights=None):
+class Out(NamedTuple):
+    logits: np.ndarray
+    balance: Any
+
+
+@functools.cache
+def compiled(model):
+    def f(weights, ids, segment, position):
+        outputs = model.apply({"params": weights}, ids, segment, position)[0]
+        return outputs.logits(), outputs.balance
+
+    return jax.jit(f)
+
+
+def run(opened, ids, segment=None, position=None):
+    """Filled up to one shape, so that a model is compiled once."""
+    B, length = ids.shape
     segment = np.ones_like(ids) if segment is None else segment
-    position = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if position is None else position
-    weights = opened.weights if weights is None else weights
-    return opened.blueprint.model.apply({"params": weights}, ids, segment, position)[0]
+    position = np.broadcast_to(np.arange(length), ids.shape) if position is None else position
+    columns = (np.pad(x, ((0, 2 - B), (0, T - length))) for x in (ids, segment, position))
+    logits, balance = compiled(opened.blueprint.model)(opened.weights, *columns)
+    return Out(np.asarray(logits)[:B, :length], balance)
 
 
 def off(got, want):
     """The largest difference, on the scale of what is wanted."""
     got, want = np.asarray(got), np.asarray(want)
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def plain(opened, ids, weights):
+    at = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    return opened.blueprint.model.apply({"params": weights}, ids, np.ones_like(ids), at)[0]
 
 
 def by_layer(model, opened, ids):
@@ -62,7 +86,7 @@ def test_logits(case):
     ids = np.random.default_rng(0).integers(3, V, (2, T))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()
-    got = run(opened, ids).logits()
+    got = run(opened, ids).logits
     assert off(got, want) < 2e-5, by_layer(model, opened, ids)
 
 
@@ -84,7 +108,7 @@ def test_gradients(case):
     b = opened.blueprint
 
     def loss(weights):
-        logp = jax.nn.log_softmax(run(opened, ids, weights=weights).logits()[:, :-1])
+        logp = jax.nn.log_softmax(plain(opened, ids, weights).logits()[:, :-1])
         return -jnp.take_along_axis(logp, ids[:, 1:, None], -1).mean()
 
     grads = blueprint.boxed(b, jax.jit(jax.grad(loss))(opened.weights))
@@ -167,21 +191,21 @@ def test_packed_is_unpacked(case):
     a, b = rng.integers(3, V, (1, 29)), rng.integers(3, V, (1, 13))
     segment = np.array([[1] * 29 + [2] * 13 + [0] * 6])
     position = np.array([[*range(29), *range(13), *[0] * 6]])
-    packed = np.asarray(run(opened, np.concatenate([a, b, np.zeros((1, 6), int)], 1), segment, position).logits())
-    assert off(packed[:, :29], run(opened, a).logits()) < 2e-5
-    assert off(packed[:, 29:42], run(opened, b).logits()) < 2e-5
+    packed = np.asarray(run(opened, np.concatenate([a, b, np.zeros((1, 6), int)], 1), segment, position).logits)
+    assert off(packed[:, :29], run(opened, a).logits) < 2e-5
+    assert off(packed[:, 29:42], run(opened, b).logits) < 2e-5
 
 
 def test_no_token_sees_what_comes_after_it(case):
     _, opened, _ = case
     rng = np.random.default_rng(3)
     ids = rng.integers(3, V, (1, T))
-    want = np.asarray(run(opened, ids).logits())
+    want = np.asarray(run(opened, ids).logits)
     c = opened.blueprint.decoder
     for t in (0, 5, T // 2, T - 2):
         changed = ids.copy()
         changed[:, t + 1 :] = rng.integers(3, V, (1, T - t - 1))
-        got = np.asarray(run(opened, changed).logits())
+        got = np.asarray(run(opened, changed).logits)
         if not any(r is not None and r.kind in ("dynamic", "longrope") for r in c.ropes):
             np.testing.assert_array_equal(got[:, : t + 1], want[:, : t + 1])
         assert off(got[:, : t + 1], want[:, : t + 1]) < 1e-5
@@ -234,6 +258,6 @@ def test_far_positions(tmp_path, name, start):
     at = start + np.broadcast_to(np.arange(T), ids.shape)
     with torch.no_grad():
         want = model(torch.tensor(ids), position_ids=torch.tensor(at)).logits.numpy()
-    e = off(run(opened, ids, position=at).logits(), want)
+    e = off(run(opened, ids, position=at).logits, want)
     print("OFF", name, start, e)
     assert e < 2e-5

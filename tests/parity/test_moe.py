@@ -82,7 +82,7 @@ def test_adapters_on_experts_open_in_peft(tmp_path, sums_file, name, targets):
         ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"] if targets == "all-linear" else ["mlp.experts.down_proj"]
     )
     ids = np.random.default_rng(0).integers(3, V, (2, 20))
-    got = forward(open_model(str(out)), ids).logits()
+    got = forward(open_model(str(out)), ids).logits
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
         before = base(torch.tensor(ids)).logits.numpy()
@@ -90,7 +90,7 @@ def test_adapters_on_experts_open_in_peft(tmp_path, sums_file, name, targets):
     assert off(want, before) > 1e-3
     assert off(got, want) < 2e-5
     convert.write_model(str(out), tmp_path / "merged")
-    assert off(forward(open_model(str(tmp_path / "merged")), ids).logits(), want) < 1e-4
+    assert off(forward(open_model(str(tmp_path / "merged")), ids).logits, want) < 1e-4
 
 
 def test_an_adapter_on_experts_made_by_peft_goes_on_here(tmp_path, sums_file):
@@ -111,10 +111,10 @@ def test_an_adapter_on_experts_made_by_peft_goes_on_here(tmp_path, sums_file):
     ids = np.random.default_rng(0).integers(3, V, (2, 20))
     with torch.no_grad():
         want = model(torch.tensor(ids)).logits.numpy()
-    assert off(forward(open_model(str(tmp_path / "m"), str(tmp_path / "a")), ids).logits(), want) < 2e-5
+    assert off(forward(open_model(str(tmp_path / "m"), str(tmp_path / "a")), ids).logits, want) < 2e-5
     t = {"method": "lora", "adapter": str(tmp_path / "a")}
     out = run.train(make_config(tmp_path / "m", sums_file, tmp_path / "r", tuning=t, optim__learning_rate=1e-3))
-    got = forward(open_model(str(out)), ids).logits()
+    got = forward(open_model(str(out)), ids).logits
     assert 1e-4 < off(got, want) < 0.5
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_experts_through_a_cache(tmp_path, name):
     write(tmp_path / "m", name, torch.bfloat16)
     convert.write_model(str(tmp_path / "m"), tmp_path / "cache", to="orbax")
     ids = np.random.default_rng(0).integers(3, V, (2, 20))
-    one, two = (forward(open_model(str(tmp_path / f)), ids).logits() for f in ("m", "cache"))
+    one, two = (forward(open_model(str(tmp_path / f)), ids).logits for f in ("m", "cache"))
     np.testing.assert_array_equal(one, two)
     convert.write_model(str(tmp_path / "cache"), tmp_path / "back")
     before, after = load.read_folder(tmp_path / "m"), load.read_folder(tmp_path / "back")
