@@ -16,12 +16,12 @@ from jaxtune import log, sharding
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout, load
 from jaxtune.hf.adapters import Adapter
-from jaxtune.layers import Weight, is_weight
+from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.tuning import method as tuning
 from jaxtune.tuning.method import FROZEN, Method
-from jaxtune.weights import densify, is_node, path_name
+from jaxtune.weights import densify, is_node, path_name, under
 
 Tree = Any
 
@@ -32,9 +32,11 @@ class Blueprint(NamedTuple):
     folder: Path
     decoder: DecoderConfig
     method: Method
+    plain: Tree  # abstract values before anything is wrapped or quantised, in the dtypes that they are read in
     weights: Tree  # abstract values, wrapped, in the dtypes that they are held in
     labels: Tree
-    shardings: Tree
+    shardings: Tree  # of `weights`
+    places: Tree  # shardings of `plain`
     tensors: dict[str, list[load.Stored]]  # by path, see `layout.places`
     stored: Mapping[str, load.Stored]  # the folder's tensors
     stored_vocab: int  # tokens of the folder's model
@@ -63,6 +65,7 @@ def draw(
     adapter: Adapter | None = None,
     vocab: int | None = None,
     multiple: int = 1,
+    param_dtype: str = "float32",
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -75,6 +78,7 @@ def draw(
       adapter: whose whole tensors stand in for the folder's.
       vocab: how many tokens the model shall have, where that is more than the folder's.
       multiple: the table is padded to a multiple of this.
+      param_dtype: of trained weights.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
@@ -89,14 +93,18 @@ def draw(
     plain = abstract_weights(decoder) if len(groups) > 1 else one_group
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
-    weights = tuning.cast(wrapped, labels, compute_dtype)
+    cast = tuning.cast(wrapped, labels, compute_dtype, param_dtype)
+    weights = tuning.quantized(method, cast, labels)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     mine = stored
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
     where = sharding.shardings(weights, mesh, log.warn)
-    return Blueprint(folder, decoder, method, weights, labels, where, tensors, mine, stored_vocab)
+    plain = tuning.strip(cast)
+    places = sharding.shardings(plain, mesh, lambda _: None)
+    labels = tuning.label(method, weights)
+    return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -115,34 +123,66 @@ def read_config(folder: Path) -> dict[str, Any]:
 def materialise(b: Blueprint, key: jax.Array, base: bool = True) -> Tree:
     """The `Weight`s with their arrays: those of the files, and the method's own (adapters), made on their devices.
 
-    Without `base` the files are not read, and their weights stay abstract: enough for `full_tensors`.
+    Without `base` the files are not read where that can be, and their weights stay abstract: enough for `full_tensors`.
     """
-    plain = tuning.strip(b.weights)
-    if base:
-        plain = load.load(b.tensors, plain, tuning.strip(b.shardings), b.decoder.family)
+    beneath = tuning.strip(b.weights)
+    if base or b.method.from_base:
+        beneath = load.load(b.tensors, b.plain, b.places, b.decoder.family, _held(b))
     leaves, tree = jax.tree_util.tree_flatten_with_path(b.weights, is_leaf=is_weight)
-    places = dict(zip((p for p, _ in leaves), jax.tree.leaves(b.shardings), strict=True))
-
-    def own(key: jax.Array) -> dict[str, Any]:
-        """The method's leaves: those that are no longer the abstract values that went in."""
-        wrapped = tuning.wrap(b.method, tuning.strip(b.weights), key)
-        found = jax.tree_util.tree_leaves_with_path(wrapped, is_leaf=is_weight)
-        return {path_name(p): w.value for p, w in found if not isinstance(w.value, jax.ShapeDtypeStruct)}
-
-    where = {path_name(p): s for p, s in places.items()}
-    made: dict[str, Any] = {}
-    if b.method.made:
-        made = {name: jax.device_put(x, where[name]) for name, x in own(key).items()}
-    elif shapes := jax.eval_shape(own, key):
-        made = jax.jit(own, out_shardings={name: where[name] for name in shapes})(key)
-    values = iter(jax.tree.leaves(plain, is_leaf=is_weight))
+    where = {path_name(p): s for (p, _), s in zip(leaves, jax.tree.leaves(b.shardings), strict=True)}
+    made = _own(b, key, unbox(beneath) if b.method.from_base else None, where)
+    values = iter(jax.tree.leaves(beneath, is_leaf=is_weight))
     filled = [w.like(made[path_name(p)]) if path_name(p) in made else next(values) for p, w in leaves]
     return jax.tree.unflatten(tree, filled)
+
+
+def _held(b: Blueprint) -> dict[str, load.Held]:
+    """The weights that are held in another form than they are read in, by path."""
+    forms = jax.tree_util.tree_leaves_with_path(tuning.strip(b.weights), is_leaf=lambda x: is_node(x) or is_weight(x))
+    places = jax.tree.leaves(tuning.strip(b.shardings), is_leaf=is_node)
+    kind, group = b.method.base or ("", 0)
+
+    def change(w: Weight) -> Tree:
+        return tuning.quantize_weight(w, kind, group)
+
+    return {
+        path_name(p): load.Held(change, unbox(form), place)
+        for (p, form), place in zip(forms, places, strict=True)
+        if is_node(form)
+    }
+
+
+def _own(b: Blueprint, key: jax.Array, bases: Tree | None, where: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The method's leaves, by path: all of a wrapped weight but the weight itself."""
+
+    def own(key: jax.Array, bases: Tree | None) -> dict[str, Any]:
+        under = b.plain
+        if bases is not None:
+            under = jax.tree.map(lambda w, x: w.like(densify(x)), b.plain, bases, is_leaf=is_weight)
+        wrapped = tuning.wrap(b.method, under, key)
+        given = {id(w) for w in jax.tree.leaves(under, is_leaf=is_weight)}
+        found = jax.tree_util.tree_leaves_with_path(wrapped, is_leaf=is_weight)
+        return {path_name(p): w.value.astype(dtypes[path_name(p)]) for p, w in found if id(w) not in given}
+
+    leaves = jax.tree_util.tree_leaves_with_path(b.weights, is_leaf=is_weight)
+    dtypes = {path_name(p): w.value.dtype for p, w in leaves}
+    if b.method.made:
+        return {name: jax.device_put(x, where[name]) for name, x in own(key, bases).items()}
+    if not (shapes := jax.eval_shape(own, key, bases)):
+        return {}
+    return jax.jit(own, out_shardings={name: where[name] for name in shapes})(key, bases)
 
 
 def boxed(b: Blueprint, arrays: Tree) -> Tree:
     """Plain arrays of the blueprint's form as `Weight`s again."""
     return jax.tree.map(lambda w, x: w.like(x), b.weights, arrays, is_leaf=is_weight)
+
+
+def adapted(b: Blueprint, weights: Tree) -> dict[str, tuple[Weight, Any]]:
+    """What the method put upon weights, by path: the abstract weight as the files hold it, and the node."""
+    plain = {path_name(p): w for p, w in jax.tree_util.tree_leaves_with_path(b.plain, is_leaf=is_weight)}
+    nodes = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
+    return {path_name(p): (plain[path_name(p)], w) for p, w in nodes if is_node(w) and w is not under(w)}
 
 
 def full_tensors(
@@ -156,9 +196,10 @@ def full_tensors(
     out: dict[str, files.Entry] = {}
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
     labels = {path_name(p): found for p, found in jax.tree_util.tree_leaves_with_path(b.labels)}
+    plain = {path_name(p): w for p, w in jax.tree_util.tree_leaves_with_path(b.plain, is_leaf=is_weight)}
     for path, w in leaves:
         name = path_name(path)
-        base = tuning.strip(w)
+        base = plain[name]
         trained = not is_node(w) and labels[name] != FROZEN
         names = layout.hf_names(name, base, b.decoder.family)
         table = "vocab" in base.names
@@ -169,10 +210,12 @@ def full_tensors(
 
             rows = b.decoder.vocab if table else tensor.shape[0]  # without padding
 
-            def data(w: Any = w, at: Any = at, t: load.Stored = tensor, trained: bool = trained) -> np.ndarray:
-                if is_node(w):
-                    return _merged(w, at, t)
-                return layout.to_hf(np.asarray(layout.pick(w, at)), w) if trained else t.open()
+            def data(
+                w: Any = w, base: Weight = base, at: Any = at, t: load.Stored = tensor, trained: bool = trained
+            ) -> np.ndarray:
+                if not trained:
+                    return _merged(w, base, at, t) if is_node(w) and w is not under(w) else t.open()
+                return layout.to_hf(np.asarray(layout.pick(w, at)), base)
 
             def final(data: Callable[[], np.ndarray] = data, to: np.dtype = wanted, n: int = rows) -> np.ndarray:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused when it is written
@@ -200,10 +243,15 @@ def write_config(folder: Path, hf: Mapping[str, Any], vocab: int, dtype: str | N
         (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 
 
-def _merged(node: Any, at: dict[str, int], tensor: load.Stored) -> np.ndarray:
-    """One tensor of a node, dense, on the base's tensor in full precision."""
-    base: Weight = tuning.strip(node)
-    own = dataclasses.replace(node, base=None)
-    one = jax.tree.map(lambda w: layout.pick(w, at), own, is_leaf=is_weight)
-    dense = densify(dataclasses.replace(one, base=jax.numpy.asarray(layout.from_hf(tensor.open(), base))))
-    return layout.to_hf(np.asarray(dense), base)
+def _merged(node: Any, base: Weight, at: dict[str, int], tensor: load.Stored) -> np.ndarray:
+    """One tensor of a node, dense, on the base's tensor in full precision, whatever form the base is held in."""
+
+    def own(w: Any) -> Any:
+        """The node's own leaves in this place, upon the tensor."""
+        if w is under(node):
+            return jax.numpy.asarray(layout.from_hf(tensor.open(), base))
+        fields = {f.name: getattr(w, f.name) for f in dataclasses.fields(w) if f.name != "base"}
+        leaves = {k: layout.pick(x, at) for k, x in fields.items() if is_weight(x)}
+        return dataclasses.replace(w, **leaves, base=own(w.base))
+
+    return layout.to_hf(np.asarray(densify(own(node))), base)

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxtune import blueprint, config, log, optim, sharding, tuning
 from jaxtune.blueprint import Blueprint
@@ -151,7 +150,7 @@ def prepare(c: Config) -> Job:
     mesh = sharding.make_mesh(c.mesh)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple,
+        c.vocabulary.multiple, c.train.param_dtype,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
@@ -160,7 +159,7 @@ def prepare(c: Config) -> Job:
     if c.data.max_length > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
-    tx = optax.chain(optim.make(c.optim, steps), b.method.updates)
+    tx = b.method.around(optim.make(c.optim, steps))
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
     where = sharding.optimiser_shardings(tx, trainable, mesh)
@@ -236,7 +235,8 @@ def compile_step(job: Job) -> Any:
     """The very step that trains, compiled from shapes."""
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
-    step = make_step(apply_of(job.blueprint), OBJECTIVES[c.objective], job.tx, weight)
+    b = job.blueprint
+    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     shape = c.train.accumulation, rows, job.data.train.length
@@ -296,7 +296,7 @@ def introduce(job: Job, compiled: Any) -> None:
 
 def _adapters(b: Blueprint) -> int:
     """Parameters that the method added."""
-    return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
+    return tuning_method.count(b.abstract) - tuning_method.count(unbox(b.plain))
 
 
 def held(tree: Tree) -> int:
@@ -313,7 +313,7 @@ def check_disk(job: Job) -> tuple[int, int]:
     c, b = job.config, job.blueprint
     saved = held(job.state.saved())
     whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
-    need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Lora) else whole)
+    need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Adapter) else whole)
     out = Path(c.output).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     free += sum(f.stat().st_size for part in ("checkpoints", "export") for f in (out / part).rglob("*") if f.is_file())
@@ -339,7 +339,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
     gradients = held(job.state.trainable)
     return [
         *[("remark", r) for r in data.remarks],
-        ("model", f"{b.folder}: {tuning_method.count(unbox(tuning_method.strip(b.weights))):,} parameters, "
+        ("model", f"{b.folder}: {tuning_method.count(unbox(b.plain)):,} parameters, "
                   "all tensors fit"),
         ("tuning", f"{c.tuning.method}: {tuning_method.count(job.state.trainable):,} parameters train"),
         ("data", f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, "

@@ -10,7 +10,7 @@ G query heads per key/value head, H head dim, R rotated part of a head, L layers
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -20,7 +20,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxtune.weights import Array, einsum, precision, take
+from jaxtune.weights import Array, einsum, is_node, precision, take
 
 BATCH_AXES = ("data", "fsdp", "expert")  # mesh axes over which a batch is split
 REMAT_POLICIES: Mapping[str, Any] = {
@@ -65,6 +65,20 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(lambda w: w.value if is_weight(w) else w, tree, is_leaf=is_weight)
 
 
+def parameter(module: nn.Module, name: str, make: Callable[[Array, tuple[int, ...]], Weight], shape: Any) -> Any:
+    """A module's weight: an array, or the node that stands in its place.
+
+    Raises:
+      ValueError: the node stands for an array of another shape.
+    """
+    stored: Any = module.get_variable("params", name) if module.has_variable("params", name) else None
+    if is_node(stored):
+        if stored.shape != shape:
+            raise ValueError(f"{module.name}/{name}: {type(stored).__name__} of {stored.shape}, {shape} was expected")
+        return stored
+    return module.param(name, make, shape)
+
+
 class Linear(nn.Module):
     """A matrix product with a weight named `weight` and, if asked, a `bias`."""
 
@@ -79,7 +93,7 @@ class Linear(nn.Module):
         shape = tuple(self.dims[a] for a in into + out)
         n_in = len(into)
         init = nn.initializers.lecun_normal(in_axis=tuple(range(n_in)), out_axis=tuple(range(n_in, len(shape))))
-        w = self.param("weight", lambda *args: Weight(init(*args), tuple(into + out), n_in=n_in), shape)
+        w = parameter(self, "weight", lambda *args: Weight(init(*args), tuple(into + out), n_in=n_in), shape)
         y = einsum(self.eqn, x, w)
         if self.use_bias:
             bias: Any = self.param("bias", lambda _, s: Weight(jnp.zeros(s), tuple(out)), shape[n_in:])
@@ -95,8 +109,8 @@ class Embed(nn.Module):
 
     def setup(self) -> None:
         shape = self.dims["vocab"], self.dims["embed"]
-        self.weight = self.param(
-            "weight", lambda k, s: Weight(jax.random.normal(k, s) * 0.02, ("vocab", "embed"), n_in=1), shape
+        self.weight = parameter(
+            self, "weight", lambda k, s: Weight(jax.random.normal(k, s) * 0.02, ("vocab", "embed"), n_in=1), shape
         )
 
     def __call__(self, ids_BT: Array) -> Array:
@@ -112,7 +126,7 @@ class Head(nn.Module):
     def __call__(self) -> Any:
         shape = self.dims["embed"], self.dims["vocab"]
         init = nn.initializers.lecun_normal()
-        return self.param("weight", lambda k, s: Weight(init(k, s), ("embed", "vocab"), n_in=1), shape)
+        return parameter(self, "weight", lambda k, s: Weight(init(k, s), ("embed", "vocab"), n_in=1), shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,14 +215,17 @@ def write_export(
     """The tuned model as a folder: an adapter where the method is LoRA and `whole` is not asked for."""
     with files.whole(target, replace=True) as folder:
         files.copy_files(b.folder, folder, files.LICENCE_FILES)
-        if isinstance(c.tuning, config.Lora) and not whole:
+        if isinstance(c.tuning, config.Adapter) and not whole:
             t = c.tuning
             base = os.path.abspath(b.folder) if c.model == DEMO or Path(c.model).is_dir() else c.model
             brings = blueprint.full_tensors(b, weights, only_whole=True)
-            adapters.write(folder, weights, base, b.decoder.family, brings, t.dropout, t.rslora)
+            dropout, rslora = getattr(t, "dropout", 0.0), getattr(t, "rslora", False)
+            names = tuning_method.decoder_names(b.decoder)
+            nodes = blueprint.adapted(b, weights)
+            adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
-            if t.adapter is not None:
+            if isinstance(t, config.Lora) and t.adapter is not None:
                 files.copy_files(Path(t.adapter), folder, words)
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
@@ -249,8 +252,9 @@ def _card(job: Job, target: Path) -> str:
     )
     sources = "\n".join(f"- `{Path(s.path).name}`" for s in data_with_demo(c.data).sources)
     versions = ", ".join(f"{k} {v}" for k, v in job.about["versions"].items())
+    library = "peft" if isinstance(c.tuning, config.Adapter) else "transformers"
     return (
-        f"---\nbase_model: {c.model}\nlibrary_name: {'peft' if isinstance(c.tuning, config.Lora) else 'transformers'}\n"
+        f"---\nbase_model: {c.model}\nlibrary_name: {library}\n"
         f"---\n\n# {Path(c.output).name}\n\n`{c.model}` tuned with jaxtune ({c.tuning.method}, "
         f"objective {c.objective}).\n\n"
         f"{scores}![loss](loss.png)\n\n## Data\n\n{sources}\n\n{job.data.train.tokens:,} tokens, "

@@ -15,7 +15,7 @@ from jaxtune.data.pipeline import Batch
 from jaxtune.errors import UserError
 from jaxtune.objectives import Objective
 from jaxtune.tuning.method import join
-from jaxtune.weights import Array, with_dropout
+from jaxtune.weights import Array, seeded
 
 Tree = Any
 
@@ -39,23 +39,30 @@ Apply = Callable[[Tree, Mapping[str, Array]], Any]
 
 
 def make_step(
-    apply: Apply, objective: Objective, tx: optax.GradientTransformation, router_loss: float = 0.0
+    apply: Apply,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    router_loss: float = 0.0,
+    penalty: Callable[[Tree], Array] | None = None,
 ) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
     """One optimiser step over a batch of `[A, B, T]` columns, as a pure function.
 
     Gradients are taken with respect to the trainable half only. Micro-batches add up sums of losses and of gradients,
     which are divided once by the number of tokens, so A × B rows weigh the same however they are cut.
     `router_loss` is the weight of the load-balancing loss of a mixture of experts, taken for each micro-batch.
+    `penalty` is a function of the weights that is added to the mean loss, and not to the loss that is reported.
     """
 
     def loss(trainable: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> tuple[Array, tuple]:
-        weights = with_dropout(join(trainable, frozen), key)
-        outputs = apply(weights, batch)
+        weights = join(trainable, frozen)
+        outputs = apply(seeded(weights, key), batch)
         loss_sum, count, metrics = objective(outputs, batch)
         total = loss_sum
         if (balance := getattr(outputs, "balance", None)) is not None:
             metrics = {**metrics, "router_balance": balance * count}
             total = loss_sum + router_loss * balance * count
+        if penalty is not None:
+            total = total + penalty(weights) * count
         return total, (loss_sum, count, metrics)
 
     def step(state: State, batches: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:

@@ -1,12 +1,10 @@
 """Weights are values, and `einsum`, `take` and `grouped` are the one seam through which everything uses them.
 
-A weight is an array, or a *node*: a pytree that stands where an array stood and knows how to multiply (low-rank
-adapters today; quantised and masked weights the same way). The model never knows which. Nodes nest, and every leaf
-of a node keeps the leading layer axis of the array that it replaced, so nodes pass through `scan` unchanged.
+A weight is an array, or a *node*: a pytree that stands where an array stood and knows how to multiply, see `nodes`. The
+model never knows which. Nodes nest, and every leaf of a node keeps the leading layer axis of the array that it
+replaced, so nodes pass through `scan` unchanged.
 
-A node's first field is the weight it stands on: Linen compares a stored parameter's first leaf with its initialiser.
-
-Dimensions: letters of an einsum equation; `r` is the adapter's rank; E experts, M rows of tokens.
+Dimensions: letters of an einsum equation; E experts, M rows of tokens.
 """
 
 import dataclasses
@@ -23,9 +21,27 @@ Tree = Any
 
 
 class Node:
-    """Base class of everything that stands in the place of an array, `base`."""
+    """Base class of everything that stands in the place of an array: upon a weight, its field `base`, or instead."""
 
-    base: Any
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return under(self).shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def seeded(self, key: Array) -> "Node":
+        """With a key for what is random in training; without one nothing is."""
+        return self
+
+
+def under(w: Any) -> Any:
+    """The weight that nodes stand upon: an array, or a node that stands in its place (quantised)."""
+    while isinstance(w, Node) and getattr(w, "base", None) is not None:
+        w = w.base  # type: ignore[attr-defined]
+    return w
 
 
 @dataclass_transform(frozen_default=True)
@@ -129,76 +145,16 @@ def densify(w: Any) -> Any:
     return w
 
 
-@node
-class LoRA(Node):
-    """`x W + scale · (x A) B` — LoRA (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
-
-    `a` has the weight's input dimensions and the rank, `b` the rank and the weight's output dimensions. Dropout acts
-    on the adapter's input, and only while `key` is there (see `with_dropout`).
-    """
-
-    base: Any
-    a: Any
-    b: Any
-    key: Any = None
-    scale: float = static(default=1.0)
-    dropout: float = static(default=0.0)
-
-
-def _dropped(w: LoRA, x: Array) -> Array:
-    """The adapter's input."""
-    if w.key is None or w.dropout == 0.0:
-        return x
-    keep = jax.random.bernoulli(w.key, 1.0 - w.dropout, x.shape)
-    return jnp.where(keep, x / (1.0 - w.dropout), 0).astype(x.dtype)
-
-
-@apply.register
-def _(w: LoRA, eqn: str, x: Array) -> Array:
-    e = parts(eqn)
-    down = apply(w.a, f"{e.x},{e.into}r->{e.batch}r", _dropped(w, x)) * w.scale
-    return apply(w.base, eqn, x) + apply(w.b, f"{e.batch}r,r{e.outof}->{e.out}", down)
-
-
-@grouped.register
-def _(w: LoRA, x: Array, sizes_E: Array) -> Array:
-    return grouped(w.base, x, sizes_E) + grouped(w.b, grouped(w.a, _dropped(w, x), sizes_E) * w.scale, sizes_E)
-
-
-@take.register
-def _(w: LoRA, ids: Array, dtype: Any) -> Array:
-    return take(w.base, ids, dtype) + w.scale * jnp.einsum("...r,rd->...d", take(w.a, ids, dtype), w.b.astype(dtype))
-
-
-@densify.register
-def _(w: LoRA) -> Any:
-    base = densify(w.base)
-    update = _low_rank
-    for _ in range(w.a.ndim + w.b.ndim - base.ndim - 2):  # axes in front: layers, experts
-        update = jax.vmap(update)
-    return (base.astype(jnp.float32) + w.scale * update(w.a, w.b).reshape(base.shape)).astype(base.dtype)
-
-
-def _low_rank(a: Array, b: Array) -> Array:
-    return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
-
-
 def map_nodes(f: Callable[[Any], Any], weights: Tree) -> Tree:
     """Apply `f` to every weight of a tree, an array or a whole node at a time."""
     return jax.tree.map(f, weights, is_leaf=is_node)
 
 
-def with_dropout(weights: Tree, key: Array) -> Tree:
-    """Give every node that drops out a key of its own, one per layer where it is stacked; without it nothing drops."""
+def seeded(weights: Tree, key: Array) -> Tree:
+    """Give every node a key of its own for what is random in training."""
     leaves, tree = jax.tree.flatten(weights, is_leaf=is_node)
-
-    def seeded(i: int, w: Any) -> Any:
-        if not isinstance(w, LoRA) or w.dropout == 0.0:
-            return w
-        mine, stacked = jax.random.fold_in(key, i), w.a.ndim + w.b.ndim - w.base.ndim - 2
-        return dataclasses.replace(w, key=jax.random.split(mine, w.a.shape[0]) if stacked else mine)
-
-    return jax.tree.unflatten(tree, [seeded(i, w) for i, w in enumerate(leaves)])
+    keyed = [w.seeded(jax.random.fold_in(key, i)) if is_node(w) else w for i, w in enumerate(leaves)]
+    return jax.tree.unflatten(tree, keyed)
 
 
 def path_name(path: tuple) -> str:

@@ -8,7 +8,7 @@ import pytest
 from jaxtune import config
 from jaxtune.checkpoint import Checkpoints, flat, start_step, unflat
 from jaxtune.errors import UserError
-from jaxtune.weights import LoRA
+from jaxtune.nodes.lora import LoRA
 
 
 def state(seed):

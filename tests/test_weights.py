@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.weights import LoRA, densify, einsum, map_nodes, take, with_dropout
+from jaxtune.nodes.lora import LoRA
+from jaxtune.weights import densify, einsum, map_nodes, seeded, take
 
 SIZES = {"b": 2, "t": 3, "d": 4, "n": 2, "h": 3, "f": 5, "v": 7}
 EQUATIONS = ["btd,df->btf", "btd,dnh->btnh", "btnh,nhd->btd", "btd,vd->btv", "btd,dv->btv"]
@@ -66,18 +67,18 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     node = dataclasses.replace(lora((4,), (5,)), dropout=0.5)
     x = jnp.ones((1, 1, 4))
     clean = einsum("btd,df->btf", x, node)
-    drawn = jnp.stack([einsum("btd,df->btf", x, with_dropout(node, jax.random.key(i))) for i in range(400)])
+    drawn = jnp.stack([einsum("btd,df->btf", x, seeded(node, jax.random.key(i))) for i in range(400)])
     assert np.std(drawn, 0).min() > 0
     np.testing.assert_allclose(drawn.mean(0), clean, atol=4 * float(np.std(drawn, 0).max()) / 20)
 
 
 def test_dropout_differs_by_layer_and_by_node_and_repeats_by_key():
     tree = {"a": dataclasses.replace(lora((4,), (5,), lead=(3,)), dropout=0.1), "b": lora((4,), (5,))}
-    keyed = with_dropout(tree, jax.random.key(0))
+    keyed = seeded(tree, jax.random.key(0))
     assert keyed["b"].key is None
     data = jax.random.key_data(keyed["a"].key)
     assert len(np.unique(data, axis=0)) == 3
-    assert np.array_equal(data, jax.random.key_data(with_dropout(tree, jax.random.key(0))["a"].key))
+    assert np.array_equal(data, jax.random.key_data(seeded(tree, jax.random.key(0))["a"].key))
 
 
 def test_map_nodes_sees_whole_nodes():

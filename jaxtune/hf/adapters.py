@@ -10,17 +10,16 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout
-from jaxtune.layers import Weight, is_weight, plain_names
-from jaxtune.weights import LoRA, is_node, path_name
+from jaxtune.layers import Weight, plain_names
+from jaxtune.nodes.lora import LoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -47,16 +46,18 @@ def _most_common(values: Mapping[str, Any]) -> Any:
 
 def write(
     folder: Path,
-    weights: Any,
+    adapted: Mapping[str, tuple[Weight, Any]],
+    names: Sequence[str],
     base: str,
     family: str,
     whole: Mapping[str, files.Entry],
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> None:
-    """Write the LoRA nodes of a tree of `Weight`s as an adapter that peft opens on `base`.
+    """Write LoRA nodes, by path and with the weights that they stand upon, as an adapter that peft opens on `base`.
 
-    `whole` are the Hugging Face tensors of what trained without an adapter. Ranks and alphas come from the nodes.
+    `names` are the plain names of all weights, `whole` the Hugging Face tensors of what trained without an adapter.
+    Ranks and alphas come from the nodes.
     """
     tensors: dict[str, files.Entry] = {}
     ranks: dict[str, int] = {}
@@ -66,11 +67,10 @@ def write(
     def add(key: str, array: np.ndarray) -> None:
         tensors[key] = files.Entry(array.shape, array.dtype, functools.partial(np.ascontiguousarray, array))
 
-    for path, node in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_node):
-        if not isinstance(node, LoRA):
-            continue
-        w, rank = node.base, node.a.value.shape[-1]
-        for i, plain in enumerate(plain_names(path_name(path))):
+    every = {p for path in adapted for p in plain_names(path)}
+    for path, (w, node) in adapted.items():
+        rank = node.a.value.shape[-1]
+        for i, plain in enumerate(plain_names(path)):
             a, b = (np.asarray(x.value[i] if x.stacked else x.value, np.float32) for x in (node.a, node.b))
             module = _module(plain)
             ranks[module], alphas[module] = rank, round(node.scale * (rank**0.5 if rslora else rank), 9)
@@ -84,11 +84,11 @@ def write(
                 add(f"{_PREFIX}{module}.lora_B.weight", b.reshape(rank, -1).T)
             if _is_expert(w):
                 a_EIr, b_ErO = a, b.reshape(*b.shape[:2], -1)
-                inner = _has_twin(plain, weights)
+                inner = plain.replace(*_EXPERT_PARAMETERS) != plain and plain.replace(*_EXPERT_PARAMETERS) in every
                 key = f"{_PREFIX}{module.rsplit('.', 1)[0]}{'.base_layer' if inner else ''}"
                 add(f"{key}.lora_A.weight", a_EIr.transpose(0, 2, 1).reshape(-1, a_EIr.shape[1]))
                 add(f"{key}.lora_B.weight", b_ErO.transpose(2, 1, 0).reshape(b_ErO.shape[2], -1))
-    plain_rule = {layout.hf_name(p, family): _module(p) for p in _plain_names(weights)}
+    plain_rule = {layout.hf_name(p, family): _module(p) for p in names}
     for name, entry in whole.items():
         tensors[f"{_PREFIX}{plain_rule[name]}.weight"] = entry
     linear = [m for m in ranks if m not in experts]
@@ -104,7 +104,7 @@ def write(
         "use_rslora": rslora,
         "use_dora": False,
         "bias": "none",
-        "target_modules": _targets(linear, weights),
+        "target_modules": _targets(linear, names),
         "target_parameters": sorted({re.sub(r"^model\.layers\.\d+\.", "", m) for m in experts}) or None,
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
@@ -116,24 +116,10 @@ def write(
     files.write(folder / WEIGHTS, tensors)
 
 
-def _has_twin(plain: str, weights: Any) -> bool:
-    """Whether this is the first of two adapted parameters of one module."""
-    if not plain.endswith(_EXPERT_PARAMETERS[0]):
-        return False
-    twin = plain.removesuffix(_EXPERT_PARAMETERS[0]) + _EXPERT_PARAMETERS[1]
-    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_node)
-    return any(twin in plain_names(path_name(p)) for p, n in leaves if isinstance(n, LoRA))
-
-
-def _plain_names(weights: Any) -> list[str]:
-    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
-    return [n for p, _ in leaves for n in plain_names(path_name(p))]
-
-
-def _targets(modules: list[str], weights: Any) -> list[str]:
+def _targets(modules: list[str], names: Sequence[str]) -> list[str]:
     """Short names (`q_proj`) where they mean just these modules, else whole ones."""
     short = sorted({m.rsplit(".", 1)[-1] for m in modules})
-    everything = [_module(n) for n in _plain_names(weights) if n.endswith("/weight")]
+    everything = [_module(n) for n in names if n.endswith("/weight")]
     same = {m for m in everything if m.rsplit(".", 1)[-1] in short} == set(modules)
     return short if same else sorted(modules)
 

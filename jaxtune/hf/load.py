@@ -1,18 +1,19 @@
 """Tensors of files into sharded arrays: which tensor goes where, and reading each device's part by itself."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from jaxtune.errors import UserError
 from jaxtune.hf import cache, files, layout, pickles, remote
-from jaxtune.layers import Weight, is_weight
+from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.weights import path_name
 
 _ALIGNMENT = 64  # bytes
@@ -159,40 +160,82 @@ def match(
     return found
 
 
-def load(found: Mapping[str, list[Stored]], weights: Any, shardings: Any, family: str) -> Any:
+class Held(NamedTuple):
+    """How a weight is held, where that is not as it is read."""
+
+    change: Callable[[Weight], Any]  # makes a node of `Weight`s
+    form: Any  # the node's abstract arrays
+    place: Any  # and shardings
+
+
+def load(
+    found: Mapping[str, list[Stored]], weights: Any, shardings: Any, family: str, held: Mapping[str, Held] | None = None
+) -> Any:
     """Read weights into sharded arrays of the dtypes of `weights`; each device's part is read by itself.
 
-    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form. A few are read at a time.
+    `weights` is a tree of `Weight`s with abstract values, `shardings` one of its form. A few are read at a time. Those
+    of `held`, by path, are changed layer by layer as they come, so that no more than a layer's is there as it was read.
 
     Raises:
       UserError: a tensor holds NaN or infinity.
     """
 
-    def one(path: tuple, w: Any, sharding: jax.sharding.Sharding) -> Any:
+    def one(path: tuple, w: Any, sharding: Any) -> Any:
         name = path_name(path)
-        tensors = found[name]
-        axes = tuple(w.names.index(n) for n in layout.apart(w))
-        grid = np.arange(len(tensors)).reshape([w.value.shape[a] for a in axes])
-
-        def read(index: Any) -> np.ndarray:
-            which = grid[tuple(index[a] for a in axes)]
-            rest = tuple(s for a, s in enumerate(index) if a not in axes)
-            sizes = [len(range(*s.indices(n))) for s, n in zip(index, w.value.shape, strict=True)]
-            out = _aligned(sizes, w.value.dtype)
-            by_tensor = np.moveaxis(out, axes, range(len(axes)))
-            for at in np.ndindex(which.shape):
-                part = _part(tensors[which[at]], w, rest)
-                by_tensor[at] = part
-                if not files.finite(part):
-                    raise UserError(
-                        f"{layout.hf_names(name, w, family)[which[at]]}: holds NaN or infinity; the checkpoint is "
-                        "damaged, copy or download it again"
-                    )
-            return out
-
-        return w.like(jax.make_array_from_callback(w.value.shape, sharding, read))
+        names, tensors = layout.hf_names(name, w, family), found[name]
+        if held is None or name not in held:
+            return w.like(_read(names, tensors, w, sharding))
+        return _read_changed(names, tensors, w, sharding, held[name])
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
     paths, boxes = zip(*leaves, strict=True)
     with ThreadPoolExecutor(_READERS) as pool:
         return jax.tree.unflatten(tree, pool.map(one, paths, boxes, jax.tree.leaves(shardings)))
+
+
+def _read(names: Sequence[str], tensors: Sequence[Stored], w: Weight, sharding: jax.sharding.Sharding) -> jax.Array:
+    """The array of one weight of the tensors that it is made of."""
+    axes = tuple(w.names.index(n) for n in layout.apart(w))
+    grid = np.arange(len(tensors)).reshape([w.value.shape[a] for a in axes])
+
+    def read(index: Any) -> np.ndarray:
+        which = grid[tuple(index[a] for a in axes)]
+        rest = tuple(s for a, s in enumerate(index) if a not in axes)
+        sizes = [len(range(*s.indices(n))) for s, n in zip(index, w.value.shape, strict=True)]
+        out = _aligned(sizes, w.value.dtype)
+        by_tensor = np.moveaxis(out, axes, range(len(axes)))
+        for at in np.ndindex(which.shape):
+            part = _part(tensors[which[at]], w, rest)
+            by_tensor[at] = part
+            if not files.finite(part):
+                raise UserError(
+                    f"{names[which[at]]}: holds NaN or infinity; the checkpoint is damaged, copy or download it again"
+                )
+        return out
+
+    return jax.make_array_from_callback(w.value.shape, sharding, read)
+
+
+def _read_changed(names: Sequence[str], tensors: Sequence[Stored], w: Weight, sharding: Any, held: Held) -> Any:
+    """The same in another form. Each layer is read, changed, and put where it belongs."""
+    count = w.value.shape[0] if w.stacked else 1
+    layer = w
+    if w.stacked:
+        value = jax.ShapeDtypeStruct(w.value.shape[1:], w.value.dtype)
+        layer = w.replace(names=w.names[1:], value=value)
+        spec = (*sharding.spec, *(None,) * len(w.names))[1 : len(w.names)]
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=held.place)
+    def put(whole: Any, x: jax.Array, i: jax.Array) -> Any:
+        new = unbox(held.change(layer.like(x)))
+        return jax.tree.map(lambda a, b: a.at[i].set(b), whole, new) if w.stacked else new
+
+    whole = jax.jit(
+        lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), held.form), out_shardings=held.place
+    )()
+    each = len(tensors) // count
+    for i in range(count):
+        mine = slice(i * each, (i + 1) * each)
+        whole = put(whole, _read(names[mine], tensors[mine], layer, sharding), i)
+    return jax.tree.map(lambda box, x: box.like(x), held.change(w), whole, is_leaf=is_weight)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxtune.layers import BATCH_AXES, Linear, Weight
+from jaxtune.layers import BATCH_AXES, Linear, Weight, parameter
 from jaxtune.weights import Array, grouped
 
 _EXPERT = "expert"
@@ -75,8 +75,8 @@ class Experts(nn.Module):
 
     def _weight(self, name: str, axes: tuple[str, ...], fan_in: int) -> Any:
         shape = tuple(self.dims[a] for a in (_EXPERT, *axes))
-        return self.param(
-            name, lambda k, s: Weight(jax.random.normal(k, s) * fan_in**-0.5, (_EXPERT, *axes), n_in=1), shape
+        return parameter(
+            self, name, lambda k, s: Weight(jax.random.normal(k, s) * fan_in**-0.5, (_EXPERT, *axes), n_in=1), shape
         )
 
     def _multiply(

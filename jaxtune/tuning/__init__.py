@@ -12,6 +12,7 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.Full: full.method,
     config.Freeze: freeze.method,
     config.Lora: lora.method,
+    config.QLora: lora.method,
 }
 
 

@@ -2,9 +2,9 @@
 
 from jaxtune.config import Full
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning.method import Method, leave
+from jaxtune.tuning.method import TRAIN, Method, leave
 
 
 def method(tuning: Full, decoder: DecoderConfig) -> Method:
     """Nothing is wrapped, everything trains."""
-    return Method(leave, [("", "train")])
+    return Method(leave, [("", TRAIN)])

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.config import Lora
+from jaxtune.errors import UserError
 from jaxtune.layers import Weight
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning.method import FROZEN, Method, covering, decoder_names, named
-from jaxtune.weights import Array, LoRA
+from jaxtune.nodes.lora import LoRA
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, covering, decoder_names, named
+from jaxtune.weights import Array
 
 _WEIGHT = "/weight"
 _NORM = re.compile(r"norm/weight$")
@@ -25,14 +27,20 @@ def method(tuning: Lora, decoder: DecoderConfig) -> Method:
     What `tuning.train` names trains whole, without an adapter.
 
     Raises:
-      UserError: a pattern matches nothing that it can.
+      UserError: a pattern matches nothing that it can, or experts are to train whole.
     """
     every = decoder_names(decoder)
     patterns = [r"^layers/"] if tuning.targets == "all-linear" else _listed(tuning.targets)
+    base = None if tuning.base is None else (tuning.base, tuning.group)
     names = [n for n in every if targetable(n) or (n.startswith("embed_tokens") and not decoder.tied)]
     covering(patterns, [n.removesuffix(_WEIGHT) for n in names], "tuning.targets")
     whole = named(tuning.train, decoder.tied)
     covering(whole, [n for n in every if n.endswith(_WEIGHT)], "tuning.train")
+    if taken := [n for n in every if "/experts/" in n and any(re.search(p, n) for p in whole)]:
+        raise UserError(
+            f"tuning.train matches {taken[0]}: PEFT cannot hold experts that train whole; narrow the pattern, or adapt "
+            "them by tuning.targets"
+        )
 
     def wrap(name: str, w: Weight, key: Array) -> Weight | LoRA:
         mine = name in names and any(re.search(p, name.removesuffix(_WEIGHT)) for p in patterns)
@@ -40,7 +48,8 @@ def method(tuning: Lora, decoder: DecoderConfig) -> Method:
             return w
         return adapter(w, tuning.rank, tuning.scale, tuning.dropout, key)
 
-    return Method(wrap, [(r"/(a|b)$", "train"), *[(f"{p}(?!.*/bias$)", "train") for p in whole], ("", FROZEN)])
+    rules = [(r"/(a|b)$", TRAIN), *[(f"(?:{p})(?!.*/bias$)", TRAIN) for p in whole], ("", FROZEN)]
+    return Method(wrap, rules, base=base)
 
 
 def _listed(targets: str | list[str]) -> list[str]:

@@ -4,6 +4,7 @@ Who trains is an ordered list of regexes over plain names (`layers/3/mlp/up_proj
 every weight is covered. The label "freeze" means: not differentiated, no optimiser state.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import optax
 from jaxtune.errors import UserError
 from jaxtune.layers import Weight, group_name, is_weight, plain_names
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
-from jaxtune.weights import Array, Node, densify, map_nodes, path_name
+from jaxtune.nodes.quantized import Quantized, block, quantize
+from jaxtune.weights import Array, densify, is_node, map_nodes, path_name, under
 
-FROZEN = "freeze"
+TRAIN, FROZEN, CHOSEN = "train", "freeze", "chosen"
 Tree = Any
 Wrap = Callable[[str, Weight, Array], Any]
 
@@ -30,15 +32,20 @@ def leave(name: str, weight: Weight, key: Array) -> Any:
 class Method(NamedTuple):
     """A tuning method.
 
-    `wrap` takes a weight's plain name, the `Weight` and a key, and gives the weight or a node of `Weight`s.
-    `updates` shapes what the optimiser gives. `made` says that the nodes' own values are there already (an adapter
-    that was read), so that nothing is compiled to make them.
+    A label says whether a leaf trains: `FROZEN` ones do not; those of `CHOSEN` are candidates, held in the compute
+    dtype, of which `around` trains a part.
     """
 
-    wrap: Wrap
+    wrap: Wrap  # a weight's plain name, the `Weight` and a key -> the `Weight` or a node of `Weight`s
     rules: Sequence[tuple[str, str]]
-    updates: optax.GradientTransformation = optax.identity()
-    made: bool = False
+    from_base: bool = False  # whether the nodes' own values depend on the base's: `Weight`s come with arrays, then
+    made: bool = False  # whether the nodes' own values are there already (an adapter that was read)
+    base: tuple[str, int] | None = None  # kind and block size in which frozen matrices of layers are held
+    rates: Sequence[tuple[str, float]] = ()  # factors of learning rates, by pattern; the first that matches holds
+    around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
+    virtual: int = 0  # virtual tokens before every text
+    choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight
 
 
 def wrap(method: Method, weights: Tree, key: Array) -> Tree:
@@ -125,8 +132,13 @@ def covering(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
 
 
 def named(patterns: Sequence[str], tied: bool) -> list[str]:
-    """Patterns, with what "head" and "embeddings" mean in their place."""
-    aliases = {"head": "^embed_tokens/" if tied else "^lm_head/", "embeddings": "^embed_tokens/"}
+    """Patterns, with what "head", "embeddings", "norms" and "biases" mean in their place."""
+    aliases = {
+        "head": "^embed_tokens/" if tied else "^lm_head/",
+        "embeddings": "^embed_tokens/",
+        "norms": r"norm/weight$",
+        "biases": r"/bias$",
+    }
     return [aliases.get(p, p) for p in patterns]
 
 
@@ -163,12 +175,7 @@ def merge(weights: Tree) -> Tree:
 def strip(weights: Tree) -> Tree:
     """Every node as the weight that it stands on: the model before tuning."""
 
-    def base(w: Any) -> Any:
-        while isinstance(w, Node):
-            w = w.base
-        return w
-
-    return map_nodes(base, weights)
+    return map_nodes(under, weights)
 
 
 def count(tree: Tree) -> int:
@@ -176,13 +183,59 @@ def count(tree: Tree) -> int:
     return sum(int(x.size) for x in jax.tree.leaves(tree))
 
 
-def cast(weights: Tree, labels: Tree, compute_dtype: Any) -> Tree:
-    """Abstract `Weight`s in the dtypes they are held in: trained ones float32, frozen ones the compute dtype."""
+def cast(weights: Tree, labels: Tree, compute_dtype: Any, param_dtype: Any = jnp.float32) -> Tree:
+    """Abstract `Weight`s in the dtypes they are held in: trained ones `param_dtype`, others the compute dtype."""
 
     def one(w: Any, found: str) -> Any:
         if not is_weight(w) or not jnp.issubdtype(w.value.dtype, jnp.floating):
             return w
-        dtype = compute_dtype if found == FROZEN else jnp.float32
+        dtype = param_dtype if found == TRAIN else compute_dtype
         return w.like(jax.ShapeDtypeStruct(w.value.shape, dtype))
 
     return jax.tree.map(one, weights, labels, is_leaf=is_weight)
+
+
+def quantized(method: Method, weights: Tree, labels: Tree) -> Tree:
+    """The frozen matrices of the layers in the form that `method.base` names; the others as they are."""
+    if method.base is None:
+        return weights
+    kind, group = method.base
+
+    def one(path: tuple, w: Any) -> Any:
+        name = plain_names(path_name(path))[0]
+        inner = under(w)
+        found = jax.tree.leaves(label_of[path_name(path)])[0]
+        if found != FROZEN or not quantizable(name, inner, group):
+            return w
+        return _upon(w, inner, quantize_weight(inner, kind, group))
+
+    label_of = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(labels, is_leaf=is_node)}
+    return jax.tree_util.tree_map_with_path(one, weights, is_leaf=lambda x: is_node(x) or is_weight(x))
+
+
+def quantizable(name: str, w: Weight, group: int) -> bool:
+    """Whether a weight is a matrix of a layer, experts' among them, that divides into blocks."""
+    matrix = name.startswith("layers/") and w.n_in > 0 and not name.endswith("/mlp/gate/weight")
+    return matrix and block(w.value.shape[w.lead + w.n_in - 1], group) > 0
+
+
+def quantize_weight(w: Weight, kind: str, group: int) -> Quantized:
+    """A `Weight`, or an abstract one, as a node of `Weight`s."""
+    axis = w.lead + w.n_in - 1 - len(w.names)
+
+    def make(x: Array) -> Quantized:
+        return quantize(x, axis, kind, group)
+
+    q = jax.eval_shape(make, w.value) if isinstance(w.value, jax.ShapeDtypeStruct) else make(w.value)
+    last = (*w.names[:-1], "rank")  # of what neighbours share: not split
+    names = {"codes": w.names, "scale": w.names, "low": last, "step": last}
+    return jax.tree_util.tree_map_with_path(lambda p, x: Weight(x, _names(p, names), n_in=w.n_in), q)
+
+
+def _names(path: tuple, names: Mapping[str, tuple]) -> tuple:
+    return names[path[-1].name]
+
+
+def _upon(w: Any, old: Any, new: Any) -> Any:
+    """A node with `new` in the place of `old`, on which it stands."""
+    return new if w is old else dataclasses.replace(w, base=_upon(w.base, old, new))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxtune.layers import Outputs, Readout
+from jaxtune.nodes.lora import LoRA
 from jaxtune.objectives import base, pretrain, sft
-from jaxtune.weights import LoRA, densify
+from jaxtune.weights import densify
 
 B, T, D, V = 2, 13, 8, 50
 

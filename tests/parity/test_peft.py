@@ -59,7 +59,8 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
     tree = jax.tree.map(lambda w: w.value, boxes, is_leaf=lambda x: hasattr(x, "names"))
     model = theirs(stories)
     if t["method"] == "lora":
-        adapters.write(tmp_path, boxes, str(stories), "llama", {}, rslora=t.get("rslora", False))
+        nodes, names = blueprint.adapted(job.blueprint, boxes), m.decoder_names(job.blueprint.decoder)
+        adapters.write(tmp_path, nodes, names, str(stories), "llama", {}, rslora=t.get("rslora", False))
         model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
     elif t["method"] == "freeze":
         for n, p in model.named_parameters():

@@ -1,0 +1,194 @@
+"""Reading a config: one YAML file and `key=value` overrides. Relative paths in a file start at that file."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from jaxtune.config.schema import DEMO, Config, Data, Group, Source
+from jaxtune.config.tuning import METHODS, Lora
+from jaxtune.errors import UserError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-4 as a number and duplicate keys as errors."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise UserError(f"line {key.start_mark.line + 1}: key {key.value!r} stands twice; keep one")
+        seen.add(key.value)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file as nested dicts, its paths made to start at the file's folder.
+
+    Raises:
+      UserError: the file is missing or is not a YAML mapping.
+    """
+    try:
+        tree = _parse(file.read_text())
+    except FileNotFoundError as e:
+        raise UserError(f"{file}: no such config; `jaxtune recipes ls` lists those that come along") from e
+    except IsADirectoryError as e:
+        raise UserError(f"{file}: is a folder, not a YAML file") from e
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{file}: not YAML: {' '.join(str(e).split())}") from e
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: a mapping of keys was expected, this is a {type(tree).__name__}")
+    return _with_paths_from(tree, file.parent)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested dicts; paths start at the working directory.
+
+    >>> nested({"train.steps": 20, "optim": {"name": "lion"}})
+    {'train': {'steps': 20}, 'optim': {'name': 'lion'}}
+    """
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        level = tree
+        for parent in parents:
+            level = level.setdefault(parent, {})
+            if not isinstance(level, dict):
+                raise UserError(f"{key}: {parent} has a value of its own already")
+        level[last] = str(value) if isinstance(value, Path) else value
+    return _with_paths_from(tree, Path())
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["train.steps=20", "optim.learning_rate=1e-4"]` as nested dicts.
+
+    >>> parse_overrides(["train.steps=20", "optim.learning_rate=1e-4"])
+    {'train': {'steps': 20}, 'optim': {'learning_rate': 0.0001}}
+    """
+    values = {}
+    for pair in pairs:
+        key, eq, value = pair.partition("=")
+        if not eq or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise UserError(f"{pair!r}: key=value was expected, such as train.steps=20")
+        try:
+            values[key] = _parse(value)
+        except yaml.YAMLError as e:
+            raise UserError(f"{pair!r}: the value is not YAML: {' '.join(str(e).split())}") from e
+    return nested(values)
+
+
+def load(file: Path | None, *layers: Mapping[str, Any]) -> Config:
+    """The config of a file under layers of overrides, later ones first.
+
+    Raises:
+      UserError: an unknown key, or a value that does not fit, in one line.
+    """
+    tree = read_yaml(file) if file else {}
+    for layer in layers:
+        tree = _merge(tree, layer)
+    return validate(tree, str(file) if file else "config")
+
+
+def validate(tree: Mapping[str, Any], place: str) -> Config:
+    """A config from nested dicts; one error that lists every fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as e:
+        inner = [".".join(map(str, err["loc"])) for err in e.errors() if "list[Source]" in err["loc"]]
+        faults = [err for err in e.errors() if not (inner and err["type"] == "string_type")]
+        raise UserError(f"{place}: {'; '.join(_fault(err) for err in faults)}") from e
+
+
+def dump(config: Config) -> str:
+    """A config as YAML, every key with its value; paths are absolute, so it reads the same from anywhere."""
+    return yaml.safe_dump(_with_paths_from(config.model_dump(), Path.cwd()), sort_keys=False)
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """`new` over `old`. Another tuning method starts afresh: the keys of the old one mean nothing to it."""
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        return new
+    if "method" in new and new["method"] != old.get("method", "lora"):
+        return dict(new)
+    return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
+
+
+def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths joined to `folder`. A model that is no folder there may be a hub id and stays as it is."""
+
+    def joined(value: Any, must: bool = True) -> Any:
+        if not isinstance(value, str) or value in (DEMO, "") or "://" in value or Path(value).is_absolute():
+            return value
+        path = Path(os.path.normpath(folder / Path(value).expanduser()))
+        return str(path) if must or path.exists() or value.startswith((".", "~")) or value.count("/") != 1 else value
+
+    tree = dict(tree)
+    if isinstance(data := tree.get("data"), dict):
+        data = tree["data"] = dict(data)
+        for key in ("train", "validation"):
+            if isinstance(value := data.get(key), list):
+                data[key] = [{**s, "path": joined(s.get("path"))} if isinstance(s, dict) else s for s in value]
+            elif key in data:
+                data[key] = joined(value)
+        if str(data.get("template", "")).endswith((".jinja", ".jinja2", ".j2")):
+            data["template"] = joined(data["template"])
+    if "model" in tree:
+        tree["model"] = joined(tree["model"], must=False)
+    if "output" in tree:
+        tree["output"] = joined(tree["output"])
+    if isinstance(tuning := tree.get("tuning"), dict) and "adapter" in tuning:
+        tree["tuning"] = {**tuning, "adapter": joined(tuning["adapter"])}
+    return tree
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    """One fault in plain words, with the nearest valid key where one is unknown."""
+    parts = [str(p) for p in error["loc"] if p not in ("float", "str", "list[Source]", "list[str]")]
+    loc = [p for before, p in zip(["", *parts], parts, strict=False) if not (before == "tuning" and p in METHODS)]
+    where = ".".join(loc) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}{nearest(loc[-1], _keys(loc[:-1], error))}"
+    if error["type"] == "union_tag_invalid":
+        return f"{where}.method: {error['ctx']['tag']!r} is unknown; allowed: {', '.join(METHODS)}"
+    if error["type"] == "union_tag_not_found":
+        return f"{where}.method: is missing; allowed: {', '.join(METHODS)}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {error['input']!r}" if loc else message
+
+
+def _keys(loc: Sequence[str], error: Mapping[str, Any]) -> list[str]:
+    """The keys that are allowed at a place."""
+    model: Any = Config
+    for part in loc:
+        if part == "tuning":
+            model = next((METHODS[p] for p in error["loc"] if p in METHODS), Lora)
+        elif part.isdigit() or (part == "train" and model is Data):
+            model = Group if model is Group else Source
+        elif part == "groups":
+            model = Group
+        else:
+            model = model.model_fields[part].annotation
+    return list(model.model_fields)

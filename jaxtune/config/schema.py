@@ -1,0 +1,222 @@
+"""The keys of a config, each documented where it is declared, with its default."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from jaxtune.config.base import Strict
+from jaxtune.config.tuning import Lora, Tuning, lora_unless_said
+
+DEMO = "demo"  # names the model and the data that come with the package
+
+
+class Source(Strict):
+    """One data file."""
+
+    path: str
+    """A JSONL or CSV file."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    """Which columns a row has; "auto" looks at the first row."""
+    columns: dict[str, str] = {}
+    """Names of the columns in the file, where they differ: {prompt: question, completion: answer}."""
+    max_samples: int | None = Field(None, gt=0)
+    """Take only the first n rows."""
+
+
+class Data(Strict):
+    """What is trained on, and how text becomes tokens."""
+
+    train: str | list[Source] = DEMO
+    """A JSONL or CSV file, "demo", or a list of sources."""
+    validation: Annotated[float, Field(ge=0)] | str = 0.0
+    """Held out: a fraction (below 1), a number of examples, or a file of its own."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    """Format of the sources that name none."""
+    columns: dict[str, str] = {}
+    """Columns of the sources that name none."""
+    max_length: int = Field(1024, ge=8)
+    """Tokens in a row; longer examples are cut at the end, longer texts into pieces."""
+    packing: bool = True
+    """Several examples in a row; they never see each other."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Loss on every assistant turn, on the last one only, or on the prompt too."""
+    template: str = "auto"
+    """Chat template: "auto" takes the tokenizer's own, else one that suits the data; or a name, or a Jinja file."""
+
+    @property
+    def sources(self) -> list[Source]:
+        given = [Source(path=self.train)] if isinstance(self.train, str) else self.train
+        return [self._filled(s) for s in given]
+
+    @property
+    def validation_sources(self) -> list[Source]:
+        return [self._filled(Source(path=self.validation))] if isinstance(self.validation, str) else []
+
+    def _filled(self, s: Source) -> Source:
+        update: dict[str, Any] = {}
+        if s.format == "auto":
+            update["format"] = self.format
+        if not s.columns:
+            update["columns"] = self.columns
+        return s.model_copy(update=update)
+
+
+class Group(Strict):
+    """Parameters with a learning rate or decay of their own."""
+
+    match: str
+    """A regex on parameter names like layers/3/mlp/up_proj/weight; also "embeddings", "head", "norms", "biases"."""
+    learning_rate: float | None = Field(None, ge=0)
+    """Their highest learning rate; optim.learning_rate where not given. It follows the same schedule."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Their weight decay; optim.weight_decay where not given."""
+
+
+class Optim(Strict):
+    """The optimiser and its learning rate over time."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd", "muon", "sophia", "schedule_free"] = "adamw"
+    """Which optimiser. adamw8bit is AdamW with its moments in 8 bits; muon orthogonalises the updates of the layers'
+    matrices and takes AdamW for the rest; schedule_free is AdamW by averaging, with schedule: constant."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """The highest learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How it falls after warm-up; "wsd" stays constant, then falls linearly over the last part (`decay`)."""
+    warmup: float = Field(0.03, ge=0)
+    """Linear warm-up: a share of all steps (below 1) or a number of steps."""
+    decay: float = Field(0.2, gt=0)
+    """Length of the fall of "wsd": a share of all steps (below 1) or a number of steps."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Where the fall ends, as a share of the learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, of matrices only: not of norms and biases."""
+    clip: float = Field(1.0, ge=0)
+    """Largest global norm of the gradient; 0 does not clip."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """First-moment decay of AdamW and Lion, momentum of SGD."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Second-moment decay of AdamW, second decay of Lion."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    groups: list[Group] = []
+    """Parameters with a learning rate or decay of their own; the first that matches holds."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer's learning rate over that of the layer above; the embeddings' is below the first layer's."""
+
+
+class Train(Strict):
+    """The loop."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the data, where `steps` is not given."""
+    steps: int | None = Field(None, gt=0)
+    """Optimiser steps, instead of epochs."""
+    batch_size: int = Field(32, ge=1)
+    """Sequences (packed rows) per optimiser step, over all devices."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches that a step is made of; the result does not depend on it."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Activations and frozen weights."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again: nothing, all but matrix products, or each layer whole."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of adapters, dropout, the shuffle and the split."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of the log."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Trained weights and the optimiser's state; bfloat16 halves their memory and loses small updates."""
+    neftune: float = Field(0.0, ge=0)
+    """Noise on the embeddings in training, as alpha of NEFTune (Jain et al., 2023), which takes 5 to 15; 0 is none."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of the trained weights, which is then measured and exported; 0 is none."""
+    router_loss: float | None = Field(None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts; where not given, the model's own
+    router_aux_loss_coef if its config sets output_router_logits, else 0."""
+
+
+class Vocabulary(Strict):
+    """Tokens beyond those that the model has."""
+
+    add: list[str] = []
+    """Tokens to add to the tokenizer. Their embeddings start as the mean of the others."""
+    special: list[str] = []
+    """The same as special tokens, which decoding may skip."""
+    grow: bool = False
+    """Grow the embedding table where the tokenizer is larger than it."""
+    multiple: int = Field(1, ge=1)
+    """Pad the table to a multiple of this, so that it divides over devices. Padding is never likely nor exported."""
+
+
+class Evaluate(Strict):
+    """Measuring on the validation set while training."""
+
+    every: int = Field(100, ge=1)
+    """Steps between evaluations; there is one before the first step and one after the last."""
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences per evaluation step; train.batch_size / train.accumulation where not given."""
+
+
+class Checkpoint(Strict):
+    """Saving and starting again."""
+
+    every: int = Field(200, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(3, ge=1)
+    """How many checkpoints stay."""
+    resume: Literal["auto", "never"] = "auto"
+    """"auto" goes on from the newest checkpoint of the output folder; "never" wants a new folder."""
+
+
+class Mesh(Strict):
+    """How many devices split what; one axis may be -1 and takes all that are left."""
+
+    data: int = 1
+    """Split the batch; weights are copied."""
+    fsdp: int = -1
+    """Split the batch and the weights."""
+    expert: int = 1
+    """Split the batch, and the experts of a mixture."""
+    tensor: int = 1
+    """Split heads, MLP and vocabulary."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Mesh":
+        sizes = self.data, self.fsdp, self.expert, self.tensor
+        if any(n == 0 or n < -1 for n in sizes):
+            raise ValueError("each axis is a positive number of devices, or -1 for all that are left")
+        if sizes.count(-1) > 1:
+            raise ValueError("only one axis can be -1; set the others, such as mesh.fsdp=1")
+        return self
+
+
+class Config(Strict):
+    """A whole run."""
+
+    model: str = DEMO
+    """A model folder in Hugging Face format or a cache of one, here or at gs://…, a hub id, or "demo"."""
+    output: str = "runs/run"
+    """The run folder."""
+    data: Data = Data()
+    vocabulary: Vocabulary = Vocabulary()
+    objective: Literal["sft", "pretrain"] = "sft"
+    """Next-token loss on the answers ("sft") or on all text ("pretrain")."""
+    tuning: Tuning = Lora()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method(cls, tree: Any) -> Any:
+        return {**tree, "tuning": lora_unless_said(tree["tuning"])} if "tuning" in tree else tree
+
+    @model_validator(mode="after")
+    def _accumulation_divides(self) -> "Config":
+        if self.train.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of "
+                f"train.accumulation {self.train.accumulation}"
+            )
+        return self
