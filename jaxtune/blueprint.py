@@ -56,6 +56,36 @@ class Blueprint(NamedTuple):
         )
 
 
+class Sketch(NamedTuple):
+    """A model under a tuning method, known from its config alone; see `Blueprint`."""
+
+    decoder: DecoderConfig
+    method: Method
+    plain: Tree
+    weights: Tree
+    labels: Tree
+
+
+def sketch(
+    decoder: DecoderConfig,
+    make_method: Callable[[DecoderConfig], Method],
+    compute_dtype: str,
+    remat: str = "none",
+    param_dtype: str = "float32",
+) -> Sketch:
+    """Shapes, dtypes and labels; neither files nor devices are looked at. Arguments as of `draw`."""
+    method = make_method(decoder)
+    one_group = abstract_weights(decoder)
+    groups = tuning.groups(method, one_group, decoder.layers)
+    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
+    plain = abstract_weights(decoder) if len(groups) > 1 else one_group
+    wrapped = tuning.wrapped_shapes(method, plain)
+    labels = tuning.label(method, wrapped)
+    cast = tuning.cast(wrapped, labels, compute_dtype, param_dtype)
+    weights = tuning.quantized(method, cast, labels)
+    return Sketch(decoder, method, tuning.strip(cast), weights, tuning.label(method, weights))
+
+
 def draw(
     folder: Path,
     make_method: Callable[[DecoderConfig], Method],
@@ -86,24 +116,14 @@ def draw(
     decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=-(-vocab // multiple) * multiple)
-    method = make_method(decoder)
-    one_group = abstract_weights(decoder)
-    groups = tuning.groups(method, one_group, decoder.layers)
-    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
-    plain = abstract_weights(decoder) if len(groups) > 1 else one_group
-    wrapped = tuning.wrapped_shapes(method, plain)
-    labels = tuning.label(method, wrapped)
-    cast = tuning.cast(wrapped, labels, compute_dtype, param_dtype)
-    weights = tuning.quantized(method, cast, labels)
+    decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     mine = stored
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
     where = sharding.shardings(weights, mesh, log.warn)
-    plain = tuning.strip(cast)
     places = sharding.shardings(plain, mesh, lambda _: None)
-    labels = tuning.label(method, weights)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
 
 
