@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxtune import blueprint, config, log, optim, sharding, tuning
 from jaxtune.blueprint import Blueprint
@@ -159,7 +160,7 @@ def prepare(c: Config) -> Job:
     if c.data.max_length > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
-    tx = b.method.around(optim.make(c.optim, steps))
+    tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
     where = sharding.optimiser_shardings(tx, trainable, mesh)
@@ -172,6 +173,13 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
+
+
+def optimiser(
+    c: Config, method: tuning_method.Method, weights: Tree, labels: Tree, steps: int
+) -> optax.GradientTransformation:
+    """The config's optimiser, as the method shapes it, for abstract `Weight`s."""
+    return method.around(optim.make(c.optim, steps))
 
 
 def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:

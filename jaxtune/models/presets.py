@@ -177,6 +177,7 @@ _PHI4 = {"positions": 16384, "original_max_position_embeddings": 16384, "theta":
 _MODELS: dict[str, tuple[int, Config]] = {
     "llama2-7b": (6_738_415_616, _llama(4096, 32, 32, 32, 11008, 32000, positions=4096, theta=1e4)),
     "llama2-13b": (13_015_864_320, _llama(5120, 40, 40, 40, 13824, 32000, positions=4096, theta=1e4)),
+    "llama2-70b": (68_976_648_192, _llama(8192, 80, 64, 8, 28672, 32000, positions=4096, theta=1e4)),
     "llama3-8b": (8_030_261_248, _llama(4096, 32, 32, 8, 14336, 128256, positions=8192, theta=500000.0)),
     "llama3.1-8b": (8_030_261_248, _llama3(4096, 32, 32, 8, 14336, 8.0)),
     "llama3.1-70b": (70_553_706_496, _llama3(8192, 80, 64, 8, 28672, 8.0)),

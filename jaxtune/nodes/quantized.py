@@ -2,8 +2,8 @@
 
 Blocks lie along the last contracted axis, as in the rows of Hugging Face's matrices, so with 64 numbers to a block
 nf4 gives the very codes that bitsandbytes gives. Two 4-bit codes share a byte: number i of a block and number
-i + group/2. The scales of nf4 are quantised again ("double quantisation"), to 8 bits between the least and the greatest
-of up to 256 neighbours: 4.13 bits a number in all.
+i + group/2. The scales are quantised again ("double quantisation", Dettmers et al., 2023), to 8 bits between the least
+and the greatest of up to 256 neighbours: 4.13 or 8.13 bits a number in all.
 
 What is multiplied is made where it is needed, in the input's dtype, and made again for the backward pass: nothing but
 codes and scales is ever held. qwix (0.1) rewrites whole models and emulates nf4 without double quantisation; a node at
@@ -79,7 +79,7 @@ class Quantized(Node):
     """A quantised matrix: `kind`'s codes times a scale for each block along `axis`, counted from the end."""
 
     codes: Any
-    scale: Any  # float32 [.., n, ..], or `Scales` of that shape
+    scale: Any  # `Scales` [.., n, ..]
     kind: str = static(default="nf4")
     axis: int = static(default=-1)
     group: int = static(default=64)
@@ -118,7 +118,7 @@ def quantize(w: Array, axis: int, kind: str, group: int = 64) -> Quantized:
         low, high = jnp.split(codes, 2, at + 1)
         codes = low | (high << 4)
     codes = codes.reshape(*w.shape[:at], -1, *w.shape[at + 1 :])
-    return Quantized(codes, _compress(scale) if kind == "nf4" else scale, kind, axis, g, w.dtype.name)
+    return Quantized(codes, _compress(scale), kind, axis, g, w.dtype.name)
 
 
 def _compress(scale: Array) -> Scales:
@@ -130,10 +130,7 @@ def _compress(scale: Array) -> Scales:
     return Scales(codes.astype(jnp.uint8).reshape(scale.shape), low, step)
 
 
-def _scale(w: Quantized) -> Array:
-    s = w.scale
-    if not isinstance(s, Scales):
-        return s
+def _expand(s: Scales) -> Array:
     x = s.codes.astype(jnp.float32).reshape(*s.low.shape, -1)
     return (x * s.step[..., None] + s.low[..., None]).reshape(s.codes.shape)
 
@@ -144,7 +141,7 @@ def _dense(w: Quantized, dtype: Any) -> Array:
     codes = w.codes.reshape(*w.codes.shape[:at], -1, g, *w.codes.shape[at + 1 :])
     if k.bits == 4:
         codes = jnp.concatenate([codes & 15, codes >> 4], at + 1)
-    x = k.decode(codes) * jnp.expand_dims(_scale(w), at + 1)
+    x = k.decode(codes) * jnp.expand_dims(_expand(w.scale), at + 1)
     return x.reshape(w.shape).astype(dtype)
 
 

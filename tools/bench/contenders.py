@@ -60,6 +60,25 @@ def config(folder: Path, method: str, **more: Any) -> Any:
 def jaxtune(folder: Path, method: str) -> Callable[[], float]:
     """The very step that `jaxtune train` runs."""
     import jax
+
+    from jaxtune import job as jobs
+
+    job = jobs.prepare(config(folder, method))
+    with jax.set_mesh(job.mesh):
+        compiled = jobs.compile_step(job)
+    take = stepper(job, compiled)
+
+    def one() -> float:
+        return take()[0]
+
+    return one
+
+
+def stepper(job: Any, compiled: Any) -> Callable[[], tuple[float, float]]:
+    """A function that takes the job's next step, from its start, and returns loss and seconds."""
+    import time
+
+    import jax
     import jax.numpy as jnp
 
     from jaxtune import blueprint
@@ -69,25 +88,27 @@ def jaxtune(folder: Path, method: str) -> Callable[[], float]:
     from jaxtune.training import State
     from jaxtune.tuning.method import split
 
-    job = jobs.prepare(config(folder, method))
+    c = job.config.train
     with jax.set_mesh(job.mesh):
-        step = jobs.compile_step(job)
         trainable, frozen = split(unbox(blueprint.materialise(job.blueprint, jax.random.key(0))), job.blueprint.labels)
         key = jax.random.key_data(jax.random.key(0))
         state = jax.device_put(
             State(trainable, frozen, jax.jit(job.tx.init)(trainable), jnp.int32(0), key),
             jax.tree.map(lambda s: s.sharding, job.state),
         )
-    batches = Batches(job.data.train, BATCH, seed=0, row_count=None)
-    put = jobs.putter(job.mesh, 1)
+    batches = Batches(job.data.train, c.batch_size, seed=0, row_count=None)
+    put = jobs.putter(job.mesh, c.accumulation)
 
-    def one() -> float:
+    def take() -> tuple[float, float]:
         nonlocal state
         with jax.set_mesh(job.mesh):
-            state, report = step(state, put(next(batches)))
-        return float(report["loss"])
+            batch = put(next(batches))
+            began = time.perf_counter()
+            state, report = compiled(state, batch)
+            loss = float(report["loss"])
+        return loss, time.perf_counter() - began
 
-    return one
+    return take
 
 
 def plain_jax(folder: Path, method: str) -> Callable[[], float]:
