@@ -68,9 +68,9 @@ def count(decoder: DecoderConfig, c: config.Config, rows: int, length: int) -> B
     abstract = jax.tree.map(lambda w: w.value, s.weights, is_leaf=lambda x: hasattr(x, "names"))
     trainable, frozen = split(abstract, s.labels)
     state = jax.eval_shape(tx.init, trainable)
-    held = [jobs.held(t) for t in (abstract, trainable, state)]
+    weights, gradients, optimiser = (jobs.held(t) for t in (abstract, trainable, state))
     kept = rows * grown(lambda b: kept_bytes(s.decoder, trainable, frozen, b, length))
-    return Bytes(*held, kept + one_layer(decoder, c, rows, length) + LOGITS_BYTES)
+    return Bytes(weights, gradients, optimiser, kept + one_layer(decoder, c, rows, length) + LOGITS_BYTES)
 
 
 def grown(bytes_of: Callable[[int], int]) -> int:
@@ -86,7 +86,7 @@ def kept_bytes(decoder: DecoderConfig, trainable: Any, frozen: Any, rows: int, l
     def pullback(trainable: Any, frozen: Any, batch: Any) -> Any:
         def loss(t: Any) -> Any:
             columns = batch["ids_BT"], batch["segment_BT"], batch["position_BT"]
-            outputs = Decoder(decoder).apply({"params": join(t, frozen)}, *columns)[0]  # type: ignore[index]
+            outputs = Decoder(decoder).apply({"params": join(t, frozen)}, *columns)[0]
             return OBJECTIVES["sft"](outputs, batch)[0]
 
         return jax.vjp(loss, trainable)[1]
