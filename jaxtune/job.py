@@ -159,7 +159,9 @@ def prepare(c: Config) -> Job:
     if c.data.max_length > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
-    tx = b.method.around(optim.make(c.optim, steps))
+    weights = tuning_method.split(b.weights, b.labels)[0]
+    tx = b.method.around(optim.make(c.optim, steps, weights, b.method.rates, b.method.within))
+    tx = optim.averaging(tx, c.train.ema)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
     where = sharding.optimiser_shardings(tx, trainable, mesh)
@@ -236,7 +238,7 @@ def compile_step(job: Job) -> Any:
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
-    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty)
+    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     shape = c.train.accumulation, rows, job.data.train.length
