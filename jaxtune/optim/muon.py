@@ -1,5 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal (Jordan, 2024; at scale: Liu et al., 2025)."""
 
+from math import prod
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from optax import contrib
 
 from jaxtune.layers import Weight, is_weight
 from jaxtune.optim.groups import is_matrix
-from jaxtune.weights import path_name
+from jaxtune.weights import Array, path_name
 
 Tree = Any
 _RMS = 0.2  # of an update's numbers, about as AdamW's, so that learning rates carry over (Liu et al., 2025, eq. 4)
@@ -34,12 +35,18 @@ def scale_by_muon(weights: Tree, rest: optax.GradientTransformation) -> optax.Gr
     def is_numbers(x: Any) -> bool:
         return isinstance(x, contrib.MuonDimensionNumbers | optax.MaskedNode)
 
+    def rescaled(updates: Tree, params: Tree) -> Tree:
+        return jax.tree.map(lambda u, d: u * (_RMS * max(_sizes(u, d)) ** 0.5), updates, dimensions)
+
     dimensions = jax.tree_util.tree_map_with_path(numbers, weights, is_leaf=is_weight)
     labels = jax.tree.map(
         lambda d: "rest" if isinstance(d, optax.MaskedNode) else "muon", dimensions, is_leaf=is_numbers
     )
-    muon = optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=dimensions),
-        contrib.scale_by_shape(weight_dimension_numbers=dimensions, consistent_rms=_RMS),
-    )
+    muon = optax.chain(contrib.scale_by_muon(weight_dimension_numbers=dimensions), optax.stateless(rescaled))
     return optax.partition({"muon": muon, "rest": rest}, labels)
+
+
+def _sizes(x: Array, numbers: contrib.MuonDimensionNumbers) -> tuple[int, int]:
+    """How many numbers go into a matrix and come out of it."""
+    into, out = (prod(x.shape[i] for i in axes) for axes in numbers)  # type: ignore[union-attr]
+    return into, out
