@@ -179,7 +179,9 @@ def optimiser(
     c: Config, method: tuning_method.Method, weights: Tree, labels: Tree, steps: int
 ) -> optax.GradientTransformation:
     """The config's optimiser, as the method shapes it, for abstract `Weight`s."""
-    return method.around(optim.make(c.optim, steps))
+    trainable = tuning_method.split(weights, labels)[0]
+    tx = method.around(optim.make(c.optim, steps, trainable, method.rates, method.within))
+    return optim.averaging(tx, c.train.ema)
 
 
 def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:
@@ -244,7 +246,7 @@ def compile_step(job: Job) -> Any:
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
-    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty)
+    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     shape = c.train.accumulation, rows, job.data.train.length

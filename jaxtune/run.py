@@ -131,7 +131,7 @@ def _loop(
 
     def on_evaluate(n: int, state: State) -> None:
         if held is not None:
-            weights = tuning_method.join(state.trainable, state.frozen)
+            weights = measured(state)
             runlog.evaluation(n, evaluate.scores(sums, weights, held, eval_batch, putter(job.mesh, None)))
 
     def on_save(n: int, state: State) -> None:
@@ -159,6 +159,11 @@ def _loop(
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         runlog.summary()
     return state
+
+
+def measured(state: State) -> Tree:
+    """The weights to measure and to export: averages, where the optimiser keeps them."""
+    return tuning_method.join(optim.averaged(state.optimiser, state.trainable), state.frozen)
 
 
 @contextlib.contextmanager
@@ -202,7 +207,7 @@ def _told_to_stop() -> Iterator[threading.Event]:
 def export(job: Job, state: State) -> Path:
     """Write `export/`: a PEFT adapter after LoRA, else a whole Hugging Face folder. It appears when it is complete."""
     target = Path(job.config.output) / EXPORT
-    weights = blueprint.boxed(job.blueprint, tuning_method.join(state.trainable, state.frozen))
+    weights = blueprint.boxed(job.blueprint, measured(state))
     write_export(target, job.blueprint, weights, job.config, job.data.template)
     log.write_whole(target.parent / "README.md", _card(job, target))
     log.say(f"exported to {target}")

@@ -94,13 +94,13 @@ def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None]
 def optimiser_shardings(tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> Any:
     """Optimiser state lies where its parameter lies; factored and scalar state is copied.
 
-    `trainable` has abstract leaves with shardings.
+    A state leaf is a parameter's if its path ends with the parameter's and its shape is the same. `trainable` has
+    abstract leaves with shardings.
     """
-    state = jax.eval_shape(tx.init, trainable)
-    return optax.tree_utils.tree_map_params(
-        tx,
-        lambda s, p: p.sharding if s.shape == p.shape else replicated(mesh),
-        state,
-        trainable,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    params = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def one(path: tuple, s: Any) -> NamedSharding:
+        mine = (params.get(path_name(path[i:])) for i in range(len(path)))
+        return next((p.sharding for p in mine if p is not None and p.shape == s.shape), replicated(mesh))
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))

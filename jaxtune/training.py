@@ -13,6 +13,7 @@ import optax
 
 from jaxtune.data.pipeline import Batch
 from jaxtune.errors import UserError
+from jaxtune.nodes.noisy import noisy
 from jaxtune.objectives import Objective
 from jaxtune.tuning.method import join
 from jaxtune.weights import Array, seeded
@@ -44,6 +45,7 @@ def make_step(
     tx: optax.GradientTransformation,
     router_loss: float = 0.0,
     penalty: Callable[[Tree], Array] | None = None,
+    neftune: float = 0.0,
 ) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
     """One optimiser step over a batch of `[A, B, T]` columns, as a pure function.
 
@@ -51,11 +53,12 @@ def make_step(
     which are divided once by the number of tokens, so A × B rows weigh the same however they are cut.
     `router_loss` is the weight of the load-balancing loss of a mixture of experts, taken for each micro-batch.
     `penalty` is a function of the weights that is added to the mean loss, and not to the loss that is reported.
+    `neftune` is the alpha of NEFTune's noise on the embeddings.
     """
 
     def loss(trainable: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> tuple[Array, tuple]:
         weights = join(trainable, frozen)
-        outputs = apply(seeded(weights, key), batch)
+        outputs = apply(seeded(noisy(weights, neftune), key), batch)
         loss_sum, count, metrics = objective(outputs, batch)
         total = loss_sum
         if (balance := getattr(outputs, "balance", None)) is not None:
@@ -86,7 +89,7 @@ def make_step(
             sums, _ = jax.lax.scan(body, zeros, (jnp.arange(A), dict(batches)))
         grads, (loss_sum, count, metrics) = sums
         count = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)  # bfloat16 ones stay so
         updates, optimiser = tx.update(grads, state.optimiser, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         report = {"loss": loss_sum / count, "grad_norm": optax.tree.norm(grads), "tokens": count}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import blueprint, config, evaluate, job, log, run, sharding
+from jaxtune import blueprint, config, evaluate, job, log, optim, run, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -171,7 +171,7 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
     b = started.blueprint
     _, frozen = tuning_method.split(unbox(blueprint.materialise(b, jax.random.key(c.train.seed), base)), b.labels)
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
-    weights = tuning_method.join(restored["trainable"], frozen)
+    weights = tuning_method.join(optim.averaged(restored["optimiser"], restored["trainable"]), frozen)
     return Opened(b, blueprint.boxed(b, weights), b.folder, template)
 
 

@@ -75,7 +75,7 @@ class Group(Strict):
 class Optim(Strict):
     """The optimiser and its learning rate over time."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd", "muon", "sophia", "schedule_free"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "sgd", "muon", "schedule_free"] = "adamw"
     """Which optimiser. adamw8bit is AdamW with its moments in 8 bits; muon orthogonalises the updates of the layers'
     matrices and takes AdamW for the rest; schedule_free is AdamW by averaging, with schedule: constant."""
     learning_rate: float = Field(1e-4, gt=0)

@@ -43,6 +43,8 @@ class Method(NamedTuple):
     base: tuple[str, int] | None = None  # kind and block size in which frozen matrices of layers are held
     rates: Sequence[tuple[str, float]] = ()  # factors of learning rates, by pattern; the first that matches holds
     around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    within: Callable[[optax.GradientTransformation, Tree], optax.GradientTransformation] | None = None  # around the
+    # optimiser's core, before decay and learning rate; also gets the abstract `Weight`s of what trains
     penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
     virtual: int = 0  # virtual tokens before every text
     choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight

@@ -4,13 +4,12 @@ import json
 
 import jax
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, config, convert, optim, run, tuned
+from jaxtune import blueprint, convert, run, tuned
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.errors import UserError
@@ -70,7 +69,7 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
     assert sum(p.numel() for p in trains) == m.count(trainable)
     adam = torch.optim.AdamW(trains, lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
-    tx = optim.make(c.optim, 20)
+    tx = job.tx
     state = State(trainable, frozen, tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
     step = jax.jit(make_step(jobs.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
     batches = Batches(job.data.train, 4, seed=0, row_count=80)
@@ -175,30 +174,6 @@ def test_whole_exports_open_in_transformers(tmp_path, sums_file, t):
     got = torch_logits(theirs(out / "export"), ids)
     np.testing.assert_allclose(our_logits(open_model(str(out)), ids), got, atol=1e-4, rtol=1e-4)
     assert np.abs(got - torch_logits(theirs(folder), ids)).max() > 1e-3
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_optimisers_step_as_torchs(name):
-    rng = np.random.default_rng(0)
-    w, grads = rng.normal(size=(5, 3)).astype(np.float32), rng.normal(size=(6, 5, 3)).astype(np.float32)
-    o = config.Optim(name=name, learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0.02, clip=0)
-    tx, ours = optim.make(o, 6), {"w": jax.numpy.asarray(w)}
-    state = tx.init(ours)
-    p = torch.nn.Parameter(torch.tensor(w))
-    opt = (
-        torch.optim.AdamW([p], lr=0.1, weight_decay=0.02)
-        if name == "adamw"
-        else torch.optim.SGD([p], lr=0.1, momentum=0.9)
-    )
-    if name == "sgd":
-        tx = optim.make(o.model_copy(update={"weight_decay": 0.0}), 6)
-        state = tx.init(ours)
-    for g in grads:
-        updates, state = tx.update({"w": jax.numpy.asarray(g)}, state, ours)
-        ours = optax.apply_updates(ours, updates)
-        p.grad = torch.tensor(g)
-        opt.step()
-    np.testing.assert_allclose(ours["w"], p.detach().numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
