@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning import freeze, full, lora
+from jaxtune.tuning import freeze, full, ia3, lora
 from jaxtune.tuning.method import Method
 
 METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
@@ -13,6 +13,7 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.Freeze: freeze.method,
     config.Lora: lora.method,
     config.QLora: lora.method,
+    config.Ia3: ia3.method,
 }
 
 
