@@ -56,7 +56,7 @@ def write(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> None:
-    """Write nodes of one kind, by path and with the weights that they stand upon, as an adapter that peft opens on `base`.
+    """Write nodes of one kind, by path and with the weights that they stand upon, as an adapter of `base` for peft.
 
     `names` are the plain names of all weights, `whole` the Hugging Face tensors of what trained without an adapter.
     Ranks and alphas come from the nodes.
@@ -111,6 +111,9 @@ def write(
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
     }
+    targets, scaled_inputs = _targets(linear, names), _targets(inputs, names)
+    if not set(scaled_inputs) <= set(targets):  # peft wants a part of the targets
+        targets, scaled_inputs = sorted(linear), sorted(inputs)
     own: Mapping[str, Mapping[str, Any]] = {
         "LORA": {
             "r": rank,
@@ -123,14 +126,11 @@ def write(
             "fan_in_fan_out": False,
             **patterns,
         },
-        "IA3": {"feedforward_modules": _targets(inputs, names), "fan_in_fan_out": False},
+        "IA3": {"feedforward_modules": scaled_inputs, "fan_in_fan_out": False},
         "VERA": {"r": rank, "vera_dropout": dropout, "save_projection": True, "bias": "none", "fan_in_fan_out": False},
         "LOHA": {"r": rank, "alpha": alpha, **patterns},
         "LOKR": {"r": rank, "alpha": alpha, **patterns},
     }
-    targets = _targets(linear, names)
-    if not set(own["IA3"]["feedforward_modules"]) <= set(targets):  # peft wants a part of the targets
-        targets, own["IA3"]["feedforward_modules"] = sorted(linear), sorted(inputs)
     config: dict[str, Any] = {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
