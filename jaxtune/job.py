@@ -212,6 +212,10 @@ def _method(tuning_config: config.Tuning, read: adapters.Adapter | None, decoder
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 
+    if read.kind not in ("LORA", "ADALORA"):
+        raise UserError(f"tuning.adapter: {read.folder} is of type {read.kind}; only LoRA adapters can be gone on from")
+    if tuning_config.dora and not read.config.get("use_dora"):
+        raise UserError(f"tuning.dora: {read.folder} is without magnitudes; leave tuning.dora or tuning.adapter out")
     dropout = tuning_config.dropout
 
     def wrap(name: str, w: Any, key: Any) -> Any:
@@ -219,7 +223,7 @@ def _method(tuning_config: config.Tuning, read: adapters.Adapter | None, decoder
         return node if node is w else dataclasses.replace(node, dropout=dropout)
 
     whole = [(f"^{re.escape(n)}$", "train") for n in tuning_method.decoder_names(decoder) if read.trained_whole(n)]
-    return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True)
+    return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True, from_base=False)
 
 
 def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapping[str, Any]]:

@@ -3,7 +3,8 @@
 peft's layout, under `base_model.model.<module>`: `lora_A` is `(r, in)`, `lora_B` is `(out, r)`; of an embedding
 `lora_embedding_A` is `(r, vocab)`, `lora_embedding_B` `(embed, r)`. Experts are parameters rather than modules
 (`target_parameters`): A is `(experts · r, in)` and B `(out, r · experts)`, and of two parameters of one module the
-first lies under `base_layer`. What trained whole (`modules_to_save`) is there under its own name.
+first lies under `base_layer`. What trained whole (`modules_to_save`) is there under its own name. DoRA, AdaLoRA, IA³,
+VeRA, LoHa and LoKr: see `adapter_kinds`.
 """
 
 import functools
@@ -17,15 +18,16 @@ from typing import Any
 import numpy as np
 
 from jaxtune.errors import UserError
+from jaxtune.hf import adapter_kinds as kinds
 from jaxtune.hf import files, layout
 from jaxtune.layers import Weight, plain_names
-from jaxtune.nodes.lora import LoRA
+from jaxtune.nodes.dora import DoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")  # of transformers' expert modules, in their order
 _REFUSED = (
-    "use_dora", "bias", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
+    "bias", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
     "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations
@@ -54,7 +56,7 @@ def write(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> None:
-    """Write LoRA nodes, by path and with the weights that they stand upon, as an adapter that peft opens on `base`.
+    """Write nodes of one kind, by path and with the weights that they stand upon, as an adapter of `base` for peft.
 
     `names` are the plain names of all weights, `whole` the Hugging Face tensors of what trained without an adapter.
     Ranks and alphas come from the nodes.
@@ -68,22 +70,31 @@ def write(
         tensors[key] = files.Entry(array.shape, array.dtype, functools.partial(np.ascontiguousarray, array))
 
     every = {p for path in adapted for p in plain_names(path)}
-    for path, (w, node) in adapted.items():
-        rank = node.a.value.shape[-1]
+    nodes = {path: kinds.plain(node) for path, (_, node) in adapted.items()}
+    first = next(iter(nodes.values()))
+    kind = kinds.peft_type(first)
+    root = rslora and kind == "LORA"
+    inputs: list[str] = []
+    for path, (w, _) in adapted.items():
+        node, rank = nodes[path], kinds.rank(nodes[path])
         for i, plain in enumerate(plain_names(path)):
-            a, b = (np.asarray(x.value[i] if x.stacked else x.value, np.float32) for x in (node.a, node.b))
             module = _module(plain)
-            ranks[module], alphas[module] = rank, round(node.scale * (rank**0.5 if rslora else rank), 9)
+            ranks[module] = rank
+            alphas[module] = round(getattr(node, "scale", 0.0) * (rank**0.5 if root else rank), 9)
+            if getattr(node, "inputs", False):
+                inputs.append(module)
             if _is_expert(w):
                 experts.append(module)
             elif w.names[w.lead] == "vocab":
+                a, b = (np.asarray(x.value, np.float32) for x in (node.a, node.b))
                 add(f"{_PREFIX}{module}.lora_embedding_A", a.T)
                 add(f"{_PREFIX}{module}.lora_embedding_B", b.T)
             else:
-                add(f"{_PREFIX}{module}.lora_A.weight", a.reshape(-1, rank).T)
-                add(f"{_PREFIX}{module}.lora_B.weight", b.reshape(rank, -1).T)
+                for name, array in kinds.tensors(node, i).items():
+                    add(f"{_PREFIX}{module}.{name}", array)
             if _is_expert(w):
-                a_EIr, b_ErO = a, b.reshape(*b.shape[:2], -1)
+                a_EIr, b_ErO = (np.asarray(x.value[i] if x.stacked else x.value, np.float32) for x in (node.a, node.b))
+                b_ErO = b_ErO.reshape(*b_ErO.shape[:2], -1)
                 inner = plain.replace(*_EXPERT_PARAMETERS) != plain and plain.replace(*_EXPERT_PARAMETERS) in every
                 key = f"{_PREFIX}{module.rsplit('.', 1)[0]}{'.base_layer' if inner else ''}"
                 add(f"{key}.lora_A.weight", a_EIr.transpose(0, 2, 1).reshape(-1, a_EIr.shape[1]))
@@ -91,26 +102,44 @@ def write(
     plain_rule = {layout.hf_name(p, family): _module(p) for p in names}
     for name, entry in whole.items():
         tensors[f"{_PREFIX}{plain_rule[name]}.weight"] = entry
+    if kind == "VERA":
+        for name, array in kinds.shared(list(nodes.values())).items():
+            add(name, array)
     linear = [m for m in ranks if m not in experts]
     rank, alpha = _most_common(ranks), _most_common(alphas)
+    patterns = {
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+    }
+    targets, scaled_inputs = _targets(linear, names), _targets(inputs, names)
+    if not set(scaled_inputs) <= set(targets):  # peft wants a part of the targets
+        targets, scaled_inputs = sorted(linear), sorted(inputs)
+    own: Mapping[str, Mapping[str, Any]] = {
+        "LORA": {
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": 0.0 if experts else dropout,  # peft knows no dropout on parameters
+            "use_rslora": rslora,
+            "use_dora": isinstance(first, DoRA),
+            "bias": "none",
+            "target_parameters": sorted({re.sub(r"^model\.layers\.\d+\.", "", m) for m in experts}) or None,
+            "fan_in_fan_out": False,
+            **patterns,
+        },
+        "IA3": {"feedforward_modules": scaled_inputs, "fan_in_fan_out": False},
+        "VERA": {"r": rank, "vera_dropout": dropout, "save_projection": True, "bias": "none", "fan_in_fan_out": False},
+        "LOHA": {"r": rank, "alpha": alpha, **patterns},
+        "LOKR": {"r": rank, "alpha": alpha, **patterns},
+    }
     config: dict[str, Any] = {
-        "peft_type": "LORA",
+        "peft_type": kind,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if experts else dropout,  # peft knows no dropout on parameters
-        "use_rslora": rslora,
-        "use_dora": False,
-        "bias": "none",
-        "target_modules": _targets(linear, names),
-        "target_parameters": sorted({re.sub(r"^model\.layers\.\d+\.", "", m) for m in experts}) or None,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
+        "target_modules": targets,
         "modules_to_save": [plain_rule[n] for n in whole] or None,
-        "fan_in_fan_out": False,
         "inference_mode": True,
+        **own[kind],
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     files.write(folder / WEIGHTS, tensors)
@@ -125,7 +154,7 @@ def _targets(modules: list[str], names: Sequence[str]) -> list[str]:
 
 
 class Adapter:
-    """A PEFT adapter folder, read: `wrap` puts its low-rank nodes where they belong."""
+    """A PEFT adapter folder, read: `wrap` puts its nodes where they belong."""
 
     def __init__(self, folder: Path) -> None:
         """Raises: UserError: a file is missing or damaged, or the adapter is of a kind that is not read."""
@@ -136,13 +165,16 @@ class Adapter:
         except ValueError as e:
             raise UserError(f"{folder / CONFIG}: not JSON ({e}); copy or download it again") from e
         c = self.config
-        if not isinstance(c, dict) or not {"r", "lora_alpha"} <= set(c):
-            raise UserError(f"{folder / CONFIG}: 'r' and 'lora_alpha' were expected; is this a PEFT adapter folder?")
-        if c.get("peft_type") != "LORA":
-            raise UserError(f"{folder}: peft_type {c.get('peft_type')!r} is not read; allowed: LORA")
+        if not isinstance(c, dict) or "peft_type" not in c:
+            raise UserError(f"{folder / CONFIG}: 'peft_type' was expected; is this a PEFT adapter folder?")
+        self.kind: str = c["peft_type"]
+        if self.kind not in kinds.TENSORS:
+            raise UserError(f"{folder}: peft_type {self.kind!r} is not read; allowed: {', '.join(kinds.TENSORS)}")
+        if missing := [k for k in kinds.NEEDED[self.kind] if k not in c]:
+            raise UserError(f"{folder / CONFIG}: {missing[0]!r} was expected; is this a PEFT adapter folder?")
         for key in _REFUSED:
             if c.get(key) not in (None, False, "none", [], {}):
-                raise UserError(f"{folder}: {key}={c[key]!r} is not supported in a LoRA adapter")
+                raise UserError(f"{folder}: {key}={c[key]!r} is not supported in an adapter of type {self.kind}")
         if str(c.get("init_lora_weights")).split("_niter")[0] in _CHANGES_BASE:
             raise UserError(
                 f"{folder}: init_lora_weights={c['init_lora_weights']!r} changes the base model too, which is not "
@@ -151,14 +183,24 @@ class Adapter:
         self.folder = folder
         self._factors: dict[str, dict[str, files.Tensor]] = {}
         self._whole: dict[str, files.Tensor] = {}
+        self._shared: dict[str, files.Tensor] = {}
+        names = kinds.TENSORS[self.kind]
         for name, t in files.read_header(folder / WEIGHTS).items():
-            kind = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|weight)", name)
+            if self.kind == "VERA" and name in kinds.SHARED.values():
+                self._shared[name] = t
+                continue
+            kind = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)\.(?:({'|'.join(names)})(?:\.weight)?|weight)", name)
             if kind is None:
-                raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of a LoRA adapter")
+                raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of an adapter of type {self.kind}")
             if kind[2] is None:
                 self._whole[kind[1].removesuffix(".base_layer")] = t
             else:
-                self._factors.setdefault(self._parameter(kind[1]), {})[kind[2]] = t
+                self._factors.setdefault(self._parameter(kind[1]), {})[names[kind[2]]] = t
+        if self.kind == "VERA" and len(self._shared) < 2:
+            raise UserError(
+                f"{folder}: was saved without VeRA's random matrices, which torch would draw again; save it with "
+                "save_projection=True where it was made"
+            )
         self._used: set[str] = set()
 
     def _parameter(self, module: str) -> str:
@@ -207,8 +249,12 @@ class Adapter:
 
     def _scale(self, module: str) -> float:
         c = self.config
+        if self.kind in ("IA3", "VERA"):
+            return 1.0
+        if self.kind == "ADALORA":  # by the rank at first, whatever is left of it
+            return (c["lora_alpha"] if c["lora_alpha"] > 0 else c["init_r"]) / (c["init_r"] + 1e-5)
         rank = _by_pattern(c.get("rank_pattern"), module, c["r"])
-        alpha = _by_pattern(c.get("alpha_pattern"), module, c["lora_alpha"])
+        alpha = _by_pattern(c.get("alpha_pattern"), module, c["lora_alpha" if self.kind == "LORA" else "alpha"])
         return alpha / rank**0.5 if self.rslora else alpha / rank
 
     def wrap(self, name: str, w: Weight, key: Any) -> Any:
@@ -218,36 +264,30 @@ class Adapter:
             _, first, tail = name.split("/", 2)
             names = [f"layers/{int(first) + i}/{tail}" for i in range(w.value.shape[0])]
         modules = [_module(n) for n in names]
-        if modules[0] not in self._factors or name.endswith("/bias"):
+        if modules[0].removesuffix(".bias") not in self._factors:
+            return w
+        if name.endswith("/bias"):
+            if self.kind == "IA3" and self._factors[modules[0].removesuffix(".bias")]["l"].shape[0] != 1:
+                raise UserError(f"{self.folder}: scales {modules[0]} too, which is not supported; merge it with peft")
             return w
         self._used.update(modules)
-        a, b = [], []
-        for m in modules:
-            try:
-                one_a, one_b = self._factors_of(m, w)
-            except (KeyError, ValueError) as e:
-                shape = layout.hf_shape(w)
-                raise UserError(f"{self.folder}: the adapter of {m} does not fit its weight {list(shape)}") from e
-            a.append(one_a)
-            b.append(one_b)
-        n = w.lead
-        return LoRA(
-            w,
-            Weight(np.stack(a) if w.stacked else a[0], (*w.names[: n + w.n_in], "rank"), n_in=w.n_in),
-            Weight(np.stack(b) if w.stacked else b[0], (*w.names[:n], "rank", *w.names[n + w.n_in :]), n_in=1),
-            scale=self._scale(modules[0]),
-        )
-
-    def _factors_of(self, module: str, w: Weight) -> tuple[np.ndarray, np.ndarray]:
-        """One layer's factors in our layout, float32."""
-        a, b = (np.asarray(self._factors[module][f].open(), np.float32) for f in "AB")
-        body = w.value.shape[int(w.stacked) :]
-        if _is_expert(w):
-            E, body = body[0], body[1:]
-            a_EIr = a.reshape(E, -1, a.shape[1]).transpose(0, 2, 1)
-            b_ErO = b.reshape(b.shape[0], -1, E).transpose(2, 1, 0)
-            return a_EIr.reshape(E, *body[: w.n_in], -1), b_ErO.reshape(*b_ErO.shape[:2], *body[w.n_in :])
-        return a.T.reshape(*body[: w.n_in], a.shape[0]), b.T.reshape(b.shape[1], *body[w.n_in :])
+        found = [self._factors[m] for m in modules if m in self._factors]
+        if self.kind == "ADALORA" and all(0 in t["a"].shape for t in found):
+            return w  # nothing is left
+        if "magnitude" in found[0] and ("vocab" in w.names[: w.lead + w.n_in] or _is_expert(w)):
+            raise UserError(f"{self.folder}: DoRA of {modules[0]} is not supported, only of linear layers")
+        with_shared = {field: self._shared[name] for field, name in kinds.SHARED.items() if self._shared}
+        layers = [
+            {field: np.asarray(t.open(), np.float32) for field, t in {**tensors, **with_shared}.items()}
+            for tensors in found
+        ]
+        try:
+            if len(found) < len(modules):
+                raise KeyError("layers")
+            return kinds.read(self.kind, w, layers, self._scale(modules[0]))
+        except (KeyError, ValueError) as e:
+            shape = layout.hf_shape(w)
+            raise UserError(f"{self.folder}: the adapter of {modules[0]} does not fit its weight {list(shape)}") from e
 
     def check_all_used(self) -> None:
         """Raises: UserError: the adapter names modules that the model does not have."""

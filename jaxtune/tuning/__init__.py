@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning import freeze, full, galore, lora
+from jaxtune.tuning import freeze, full, galore, ia3, lora
 from jaxtune.tuning.method import Method
 
 METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
@@ -14,6 +14,7 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.Lora: lora.method,
     config.QLora: lora.method,
     config.Galore: galore.method,
+    config.Ia3: ia3.method,
 }
 
 

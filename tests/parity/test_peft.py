@@ -41,9 +41,13 @@ def tensors(job, boxes):
 
 @pytest.mark.parametrize("name", ROOT)
 def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
+    steps_agree_with_torch(stories, assets, tmp_path, ROOT[name])
+
+
+def steps_agree_with_torch(stories, assets, tmp_path, t):
     """Same weights, same initial adapters, same batches, AdamW: 20 losses within 1e-4 relative."""
-    t = ROOT[name]
-    rate = 3e-3 if t["method"] == "lora" else 3e-4
+    adapts = t["method"] not in ("full", "freeze")
+    rate = 3e-3 if adapts else 3e-4
     c = make_config(
         stories, assets / "data/alpaca_en_demo/train.jsonl", tmp_path / "r", tuning=t, data__max_length=128,
         optim__schedule="constant", optim__warmup=0, optim__weight_decay=0.0, optim__clip=1.0, train__steps=20,
@@ -51,13 +55,13 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
     )  # fmt: skip
     job = jobs.prepare(c)
     boxes = blueprint.materialise(job.blueprint, jax.random.key(0))
-    if t["method"] == "lora":  # B away from zero, so that both factors matter from the start
+    if adapts:  # B away from zero, so that both factors matter from the start
         boxes = jax.tree_util.tree_map_with_path(
-            lambda p, x: x + 0.02 if str(p[-2]) == ".b" else x, boxes, is_leaf=lambda x: False
+            lambda p, x: x + 0.02 if str(p[-2]) in (".b", ".lambda_b") else x, boxes, is_leaf=lambda x: False
         )
     tree = jax.tree.map(lambda w: w.value, boxes, is_leaf=lambda x: hasattr(x, "names"))
     model = theirs(stories)
-    if t["method"] == "lora":
+    if adapts:
         nodes, names = blueprint.adapted(job.blueprint, boxes), m.decoder_names(job.blueprint.decoder)
         adapters.write(tmp_path, nodes, names, str(stories), "llama", {}, rslora=t.get("rslora", False))
         model = peft.PeftModel.from_pretrained(model, tmp_path, is_trainable=True)
