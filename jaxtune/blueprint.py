@@ -16,6 +16,7 @@ from jaxtune import log, sharding
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout, load
 from jaxtune.hf.adapters import Adapter
+from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
@@ -46,6 +47,11 @@ class Blueprint(NamedTuple):
         return Decoder(self.decoder)
 
     @property
+    def virtual_ids(self) -> range:
+        """The ids with which every text starts: those after the table's rows, as many as the method says."""
+        return range(self.decoder.rows, self.decoder.rows + self.method.virtual)
+
+    @property
     def abstract(self) -> Tree:
         """Shapes, dtypes and shardings as `jax.jit(...).lower` takes them."""
         return jax.tree.map(
@@ -62,7 +68,7 @@ def draw(
     mesh: jax.sharding.Mesh,
     compute_dtype: str,
     remat: str = "none",
-    adapter: Adapter | None = None,
+    adapter: Adapter | SoftPrompts | None = None,
     vocab: int | None = None,
     multiple: int = 1,
     param_dtype: str = "float32",
@@ -85,7 +91,7 @@ def draw(
     """
     decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
-    decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=-(-vocab // multiple) * multiple)
+    decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
     groups = tuning.groups(method, one_group, decoder.layers)
@@ -105,6 +111,11 @@ def draw(
     places = sharding.shardings(plain, mesh, lambda _: None)
     labels = tuning.label(method, weights)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
+
+
+def table_rows(vocab: int, multiple: int) -> int:
+    """Rows of a table for so many tokens, padded to a multiple."""
+    return -(-vocab // multiple) * multiple
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning import freeze, full, lora
+from jaxtune.tuning import freeze, full, lora, prefix, prompt
 from jaxtune.tuning.method import Method
 
 METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
@@ -13,6 +13,8 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.Freeze: freeze.method,
     config.Lora: lora.method,
     config.QLora: lora.method,
+    config.Prompt: prompt.method,
+    config.Prefix: prefix.method,
 }
 
 

@@ -44,7 +44,7 @@ class Method(NamedTuple):
     rates: Sequence[tuple[str, float]] = ()  # factors of learning rates, by pattern; the first that matches holds
     around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
     penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
-    virtual: int = 0  # virtual tokens before every text
+    virtual: int = 0  # virtual tokens before every text, see `Blueprint.virtual_ids`
     choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight
 
 
