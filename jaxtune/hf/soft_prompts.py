@@ -114,8 +114,8 @@ class SoftPrompts:
         width = 2 * L * K * H if self._is_prefix else decoder.embed
         if self._values.ndim != 2 or self._values.shape[1] != width:
             raise UserError(
-                f"{self.folder}: holds {list(self._values.shape)}, the model takes {width} numbers for each virtual token; "
-                f"take the model that it was trained on{f', {self.base}' if self.base else ''}"
+                f"{self.folder}: holds {list(self._values.shape)}, the model takes {width} numbers for each virtual "
+                f"token; take the model that it was trained on{f', {self.base}' if self.base else ''}"
             )
 
         def wrap(name: str, w: Weight, key: Any) -> Any:
