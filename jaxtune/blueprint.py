@@ -16,6 +16,7 @@ from jaxtune import log, sharding
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout, load
 from jaxtune.hf.adapters import Adapter
+from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
@@ -44,6 +45,11 @@ class Blueprint(NamedTuple):
     @property
     def model(self) -> Decoder:
         return Decoder(self.decoder)
+
+    @property
+    def virtual_ids(self) -> range:
+        """The ids with which every text starts: those after the table's rows, as many as the method says."""
+        return range(self.decoder.rows, self.decoder.rows + self.method.virtual)
 
     @property
     def abstract(self) -> Tree:
@@ -92,7 +98,7 @@ def draw(
     mesh: jax.sharding.Mesh,
     compute_dtype: str,
     remat: str = "none",
-    adapter: Adapter | None = None,
+    adapter: Adapter | SoftPrompts | None = None,
     vocab: int | None = None,
     multiple: int = 1,
     param_dtype: str = "float32",
@@ -115,7 +121,7 @@ def draw(
     """
     decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
-    decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=-(-vocab // multiple) * multiple)
+    decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
     decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     mine = stored
@@ -125,6 +131,11 @@ def draw(
     where = sharding.shardings(weights, mesh, log.warn)
     places = sharding.shardings(plain, mesh, lambda _: None)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
+
+
+def table_rows(vocab: int, multiple: int) -> int:
+    """Rows of a table for so many tokens, padded to a multiple."""
+    return -(-vocab // multiple) * multiple
 
 
 def read_config(folder: Path) -> dict[str, Any]:

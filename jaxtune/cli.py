@@ -97,7 +97,7 @@ def evaluate(
     base = {"data": {"max_length": min(1024, context), **own}}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
-    prepared = pipeline.prepare(options, model.tokenizer, 0, objective)
+    prepared = pipeline.prepare(options, model.tokenizer, 0, objective, model.blueprint.virtual_ids)
     for remark in prepared.remarks:
         log.say(remark.replace("train:", f"{data}:"))
     scores = model.scores(prepared.train, batch_size, objective)

@@ -12,6 +12,7 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.hf import cache, files, foreign, remote, tokenizer
 from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
+from jaxtune.nodes import soft_prompt
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype("float32"),
@@ -81,6 +82,11 @@ def _open(source: str, adapter: str | None, dtype: np.dtype | None) -> _Source:
     mesh = sharding.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
         b, weights, side, template = tuned.open_weights(source, adapter, None, mesh, base=False)
+    if soft_prompt.of(weights) is not None:
+        raise UserError(
+            f"{adapter or source}: a prompt is no part of the weights, so there is no whole model with it; use it as "
+            "an adapter: `jaxtune chat`, `predict` and `evaluate` take the folder, and so does peft"
+        )
     if any((side / f).exists() for f in tokenizer.FILES):
         tokenizer.check_size(tokenizer.load(side), b.decoder.vocab, str(side))
     made = {} if template is None else {"chat_template.jinja": template.encode()}

@@ -48,12 +48,13 @@ def prefill(
     copies: int,
     seen: bool,
 ) -> Decoding:
-    """Prompts read once, each then in `copies` rows."""
+    """Prompts read once, each then in `copies` rows, with `size` places for tokens in the cache."""
     c = model.c
     B = ids_BT.shape[0]
     position_BT = jnp.maximum(jnp.cumsum(segment_BT, 1) - 1, 0)
     read: Any = model.apply({"params": weights}, ids_BT, segment_BT, position_BT, keep=True)
-    outputs, cache = read[0], read[1].grown(size)
+    before = read[1].segment_BS.shape[1] - ids_BT.shape[1]  # places of a prefix
+    outputs, cache = read[0], read[1].grown(before + size)
     logits_BV = outputs.logits(outputs.hidden_BTD[:, -1:])[:, 0]
     cache = _place(_rows(cache, lambda x, axis: jnp.repeat(x, copies, axis)))
     seen_RV = None

@@ -18,6 +18,8 @@ from jaxtune import decoding, sampling
 from jaxtune.decoding import Decoding
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import Decoder
+from jaxtune.nodes import soft_prompt
+from jaxtune.nodes.soft_prompt import Prefix, SoftPrompt
 from jaxtune.sampling import Sampling, choose
 from jaxtune.weights import Array
 
@@ -58,6 +60,20 @@ class Generator:
         if jax.default_backend() == "cpu":
             model, weights = decoding.by_layer(model, weights)
         self.model, self.weights, self.tokenizer, self.eos = model, weights, tokenizer, tuple(eos)
+        prompt = soft_prompt.of(weights)
+        self.first = list(prompt.virtual_ids) if isinstance(prompt, SoftPrompt) else []  # before every text
+        self.virtual = prompt.tokens if isinstance(prompt, Prefix) else len(self.first)
+
+    @property
+    def context(self) -> int:
+        """Positions that the model has for text."""
+        return self.model.c.context - self.virtual
+
+    @property
+    def switch(self) -> int:
+        """The length of text after which all keys turn otherwise, and are read again (LongRoPE)."""
+        longs = (r.context for r in self.model.c.ropes if r is not None and r.kind == "longrope")
+        return min(longs, default=2**31) - self.virtual  # without any beyond the context
 
     def generate(self, prompts: Sequence[Prompt], s: Sampling = _GREEDY) -> list[Generation]:
         """`s.samples` texts for each prompt, prompt by prompt, decoded together. No text depends on another prompt.
@@ -110,14 +126,14 @@ class Generator:
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
             B = _batch(len(part))
-            T, C = (_bucket(max(map(size, (pairs[i] for i in part)))) for size in (lambda x: len(x[0]), _completed))
+            T, C = (_bucket(max(map(size, (pairs[i] for i in part)))) for size in (self._length, _completed))
             ids_BT, segment_BT = np.zeros((2, B, T), np.int32)
             at_BC, target_BC = np.zeros((2, B, C), np.int32)
             for row, i in enumerate(part):
-                ids, start = pairs[i]
-                ids_BT[row, : len(ids)], segment_BT[row, : len(ids)] = ids, 1
+                (ids, start), first = pairs[i], len(self.first)
+                ids_BT[row, : first + len(ids)], segment_BT[row, : first + len(ids)] = [*self.first, *ids], 1
                 n = len(ids) - start
-                at_BC[row, :n], target_BC[row, :n] = np.arange(start - 1, len(ids) - 1), ids[start:]
+                at_BC[row, :n], target_BC[row, :n] = first + np.arange(start - 1, len(ids) - 1), ids[start:]
             both = decoding.score(self.model, self.weights, ids_BT, segment_BT, at_BC, target_BC)
             logprob_BC, greedy_BC = (np.asarray(x) for x in both)
             for row, i in enumerate(part):
@@ -135,12 +151,28 @@ class Generator:
         )
         if not before:
             raise UserError(f"prompt {i + 1} is empty; give at least the token that texts begin with")
-        if len(whole) > (context := self.model.c.context):
+        if len(whole) > self.context:
             raise UserError(
-                f"prompt {i + 1} and its completion have {len(whole)} tokens; the model's context is {context}; "
+                f"prompt {i + 1} and its completion have {len(whole)} tokens; the model's context is {self._room()}; "
                 "shorten the prompt"
             )
         return whole, min(len(before), len(whole))
+
+    def _room(self) -> str:
+        """The context, for messages."""
+        return f"{self.context}" + (f" beside {self.virtual} virtual tokens" if self.virtual else "")
+
+    def _length(self, pair: tuple[list[int], int]) -> int:
+        return len(self.first) + len(pair[0])
+
+    def _left_padded(self, texts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """`ids_BT` and `segment_BT` of texts, each after the virtual tokens, in so many rows."""
+        texts = [[*self.first, *ids] for ids in texts]
+        T = _bucket(max(map(len, texts)))
+        ids_BT, segment_BT = np.zeros((2, rows, T), np.int32)
+        for row, ids in enumerate(texts):
+            ids_BT[row, T - len(ids) :], segment_BT[row, T - len(ids) :] = ids, 1
+        return ids_BT, segment_BT
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -149,22 +181,20 @@ class Generator:
 
     def _read(self, prompts: Sequence[Prompt], s: Sampling, copies: int) -> tuple["_Read", Decoding]:
         """Prompts as tokens, checked, and prefilled in `copies` rows each."""
-        all_ids, context = [self._encode(p) for p in prompts], self.model.c.context
+        all_ids, context = [self._encode(p) for p in prompts], self.context
         for i, ids in enumerate(all_ids):
             if not ids:
                 raise UserError(f"prompt {i + 1} is empty")
             if len(ids) >= context:
                 raise UserError(
-                    f"prompt {i + 1} has {len(ids)} tokens; the model's context is {context}, and the answer needs "
-                    "room in it; shorten the prompt or take a model with a longer context"
+                    f"prompt {i + 1} has {len(ids)} tokens; the model's context is {self._room()}, and the answer "
+                    "needs room in it; shorten the prompt or take a model with a longer context"
                 )
         limits = [min(s.max_new_tokens, context - len(ids)) for ids in all_ids]
         ends = tuple(sorted({*self.eos, *s.stop_ids}))
-        B, T = _batch(len(all_ids)), _bucket(max(map(len, all_ids)))
-        size = _bucket(T + max(limits) + _AHEAD)
-        ids_BT, segment_BT = np.zeros((2, B, T), np.int32)
-        for row, ids in enumerate(all_ids):
-            ids_BT[row, T - len(ids) :], segment_BT[row, T - len(ids) :] = ids, 1
+        B = _batch(len(all_ids))
+        ids_BT, segment_BT = self._left_padded(all_ids, B)
+        size = _bucket(ids_BT.shape[1] + max(limits) + _AHEAD)
         keys = _keys(s.seed, [*all_ids, *[[]] * (B - len(all_ids))], copies) if s.temperature > 0 else None
         seen = s.repetition_penalty != 1.0
         d = decoding.prefill(self.model, self.weights, ids_BT, segment_BT, keys, size, copies, seen)
@@ -190,7 +220,6 @@ class _Texts:
         self.new: list[list[int]] = [[] for _ in self.prompts]
         self.logprobs: list[list[float]] = [[] for _ in self.prompts]
         self.ended: list[str | None] = [None] * len(self.prompts)
-        self.switch = _switch(g.model)
 
     @property
     def finished(self) -> bool:
@@ -198,7 +227,7 @@ class _Texts:
 
     def advance(self, n: int) -> None:
         """Decode up to `n` tokens and look for ends."""
-        short = [self.switch + 1 - size for size in self._sizes() if size <= self.switch]
+        short = [self.g.switch + 1 - size for size in self._sizes() if size <= self.g.switch]
         n = min([n, *short])  # no further than where keys that were read before have to be read again
         self._decode(n)
         if n in short:
@@ -213,11 +242,8 @@ class _Texts:
         """Prompts and what came after them, as one."""
         d, s = self.d, self.s
         rows = [[*ids, *new] for ids, new in zip(self.prompts, self.new, strict=True)]
-        T = _bucket(max(map(len, rows)))
-        ids_RT, segment_RT = np.zeros((2, d.position_R.shape[0], T), np.int32)
-        for row, ids in enumerate(rows):
-            ids_RT[row, T - len(ids) :], segment_RT[row, T - len(ids) :] = ids, 1
-        size = _bucket(T + max(self.limits) + _AHEAD)
+        ids_RT, segment_RT = self.g._left_padded(rows, d.position_R.shape[0])
+        size = _bucket(ids_RT.shape[1] + max(self.limits) + _AHEAD)
         again = decoding.prefill(
             self.g.model, self.g.weights, ids_RT, segment_RT, d.key_R, size, 1, s.repetition_penalty != 1.0
         )
@@ -269,10 +295,10 @@ class _Beams:
     def __init__(self, g: Generator, prompts: Sequence[Prompt], s: Sampling) -> None:
         self.g, self.s = g, s
         self.read, self.d = g._read(prompts, s, s.beams)
-        switch = _switch(g.model)
-        if any(len(ids) <= switch < len(ids) + n for ids, n in zip(self.read.ids, self.read.limits, strict=True)):
+        sizes = zip(self.read.ids, self.read.limits, strict=True)
+        if any(len(ids) <= g.switch < len(ids) + n for ids, n in sizes):
             raise UserError(
-                f"beams={s.beams}: a text would pass {switch} tokens, where LongRoPE changes its factors, which beam "
+                f"beams={s.beams}: a text would pass {g.switch} tokens, where LongRoPE changes its factors, which beam "
                 "search does not follow; lower max_new_tokens or take beams=1"
             )
         B = self.d.position_R.shape[0] // s.beams
@@ -297,11 +323,6 @@ class _Beams:
                 finish = "stop" if best.ended_BK[row, k] or text != whole else "length"
                 out.append(Generation(text, ids, finish, logprobs))
         return out
-
-
-def _switch(model: Decoder) -> int:
-    """The length after which all keys turn otherwise, and are read again (LongRoPE); beyond the context where none."""
-    return min((r.context for r in model.c.ropes if r is not None and r.kind == "longrope"), default=2**31)
 
 
 def _on_device(s: Sampling) -> Sampling:

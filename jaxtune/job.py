@@ -27,13 +27,14 @@ from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
 from jaxtune.data.pipeline import Batch, Prepared
 from jaxtune.errors import UserError
-from jaxtune.hf import adapters, files, remote, tokenizer
+from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models import families
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuning import method as tuning_method
+from jaxtune.tuning import prompt
 
 Tree = Any
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -147,17 +148,25 @@ def prepare(c: Config) -> Job:
     side = tokenizer_folder(folder, read)
     words = tokenizer.load(side)
     vocab = vocabulary(c.vocabulary, words, rows, str(side))
-    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
+    first = blueprint.table_rows(vocab, c.vocabulary.multiple)
+    virtual = range(first, first + (c.tuning.tokens if isinstance(c.tuning, config.Prompt) else 0))
+    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
     mesh = sharding.make_mesh(c.mesh)
     b = blueprint.draw(
-        folder, lambda d: _method(c.tuning, read, d), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
+        folder, lambda d: _method(c.tuning, read, d, words), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple, c.train.param_dtype,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
+    if b.decoder.vocab > rows and isinstance(c.tuning, config.Prompt | config.Prefix):
+        raise UserError(
+            f"vocabulary: tuning.method={c.tuning.method} exports a prompt alone, without new tokens' embeddings; add "
+            "none, or take method: lora with train: [embeddings, head]"
+        )
     if b.decoder.vocab > rows and not _tables_train(b):
         log.warn("vocabulary: the new tokens' embeddings do not train; tuning.train=[embeddings, head] would let them")
-    if c.data.max_length > b.decoder.context:
+    prefix = c.tuning.tokens if isinstance(c.tuning, config.Prefix) else 0
+    if c.data.max_length + prefix > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
@@ -196,7 +205,7 @@ def vocabulary(c: config.Vocabulary, words: Any, rows: int, place: str) -> int:
     return max(rows, tokenizer.size(words))
 
 
-def tokenizer_folder(model: Path, adapter: adapters.Adapter | None) -> Path:
+def tokenizer_folder(model: Path, adapter: adapters.Adapter | soft_prompts.SoftPrompts | None) -> Path:
     """Where the tokenizer is: with the adapter, if it brings one, else with the model."""
     brings = adapter is not None and any((adapter.folder / f).exists() for f in tokenizer.FILES)
     return adapter.folder if adapter is not None and brings else model
@@ -206,8 +215,12 @@ def _tables_train(b: Blueprint) -> bool:
     return all(found != tuning_method.FROZEN for found in jax.tree.leaves(b.labels["embed_tokens"]))
 
 
-def _method(tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any) -> tuning_method.Method:
+def _method(
+    tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, words: Any
+) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
+    if isinstance(tuning_config, config.Prompt) and tuning_config.text is not None:
+        return prompt.method(tuning_config, decoder, words(tuning_config.text).input_ids)
     method = tuning.make(tuning_config, decoder)
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
@@ -280,7 +293,8 @@ def introduce(job: Job, compiled: Any) -> None:
         log.say(remark)
     first = data.train.examples[data.train.rows[0][0]]
     mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
-    log.sample(encode.visible(job.tokenizer, first.ids, mask))
+    text = slice(b.method.virtual, None)
+    log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
     trains, all_ = tuning_method.count(job.state.trainable), tuning_method.count(b.abstract)
     filled = data.train.tokens / (len(data.train) * data.train.length)
     per_device = compiled.memory_analysis()

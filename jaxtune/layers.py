@@ -30,6 +30,7 @@ REMAT_POLICIES: Mapping[str, Any] = {
 }
 _GROUP = re.compile(r"^layers_(\d+)-(\d+)/")
 _UNROLL = 8  # layers that a loop on CPU takes at once: XLA there copies what a loop carries
+PREFIX = -1  # the segment of what stands before every segment
 _NEVER = -1e30  # a masked score; finite, so that a row without any key gives no NaN
 
 
@@ -352,12 +353,16 @@ def attend(
 
 
 class Past(NamedTuple):
-    """Keys and values that were read before, in places of which some may be empty (their segment is 0)."""
+    """Keys and values that were read before, in places of which some may be empty (their segment is 0).
+
+    Those of a prefix, in the first places, are seen from every segment: theirs is `PREFIX`.
+    """
 
     k_BKSH: Array
     v_BKSH: Array
     segment_BS: Array
     length: Array  # the place at which what is new begins
+    position_BT: Array  # of what is new
 
 
 def attend_past(
@@ -376,13 +381,13 @@ def attend_past(
     score_BKgs = jnp.concatenate([scores(q_BKgH, past.k_BKSH), scores(q_BKgH, k_BKTH)], -1)
     place_s = jnp.concatenate([jnp.arange(S), past.length + jnp.arange(T)])
     behind_ts = past.length + jnp.arange(T)[:, None] - place_s
-    seen_ts = behind_ts >= 0
-    if not isinstance(window, int) or window:
-        seen_ts &= behind_ts < window
-    segment_Bs = jnp.concatenate([past.segment_BS, segment_BT], 1)
-    seen_B11ts = (seen_ts & (segment_BT[:, :, None] == segment_Bs[:, None]))[:, None, None]
+    segment_B1s = jnp.concatenate([past.segment_BS, segment_BT], 1)[:, None]
+    token_BT1, prefix_B1s = segment_BT[:, :, None], segment_B1s == PREFIX
+    seen_Bts = (behind_ts >= 0) & ((token_BT1 == segment_B1s) | (prefix_B1s & (token_BT1 > 0)))
+    if not isinstance(window, int) or window:  # of a prefix the place is the position
+        seen_Bts &= jnp.where(prefix_B1s, past.position_BT[:, :, None] - place_s, behind_ts) < window
     score_BKGts = score_BKgs.reshape(B, K, -1, T, S + T)
-    p_BKGts = jax.nn.softmax(jnp.where(seen_B11ts, score_BKGts, _NEVER), -1)
+    p_BKGts = jax.nn.softmax(jnp.where(seen_Bts[:, None, None], score_BKGts, _NEVER), -1)
     p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, S + T)
     o_BKgH = _batched(p_BKgs[..., :S], past.v_BKSH, 2) + _batched(p_BKgs[..., S:], v_BKTH, 2)
     return o_BKgH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -22,7 +22,7 @@ from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
 from jaxtune.data.pipeline import Batch, Batches
 from jaxtune.errors import Interrupted, UserError
-from jaxtune.hf import adapters, files, tokenizer
+from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
     apply_of,
@@ -35,6 +35,7 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
+from jaxtune.nodes import soft_prompt
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
@@ -227,7 +228,10 @@ def write_export(
             dropout, rslora = getattr(t, "dropout", 0.0), getattr(t, "rslora", False)
             names = tuning_method.decoder_names(b.decoder)
             nodes = blueprint.adapted(b, weights)
-            adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora)
+            if (prompt := soft_prompt.of(weights)) is not None:
+                soft_prompts.write(folder, prompt, base, b.decoder)
+            else:
+                adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
             if isinstance(t, config.Lora) and t.adapter is not None:

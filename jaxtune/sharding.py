@@ -28,6 +28,7 @@ RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
     "router": None,
     "layers": None,
     "rank": None,
+    "virtual": None,
 }
 
 

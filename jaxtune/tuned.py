@@ -18,8 +18,9 @@ from jaxtune.data import encode, formats
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
-from jaxtune.hf import adapters, tokenizer
+from jaxtune.hf import adapters, soft_prompts, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.models.decoder import DecoderConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
 
@@ -85,7 +86,7 @@ class Tuned:
 
     def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
         """The answer to a conversation, piece by piece."""
-        context = self.blueprint.decoder.context
+        context = self.generator.context
         room, kept = context - min(s.max_new_tokens, context // 4), list(messages)
         while len(self.tokenizer(self.prompt(kept)).input_ids) > room and len(kept) > 2:
             del kept[int(kept[0].role == "system")]  # the oldest turn that is not the system's
@@ -138,15 +139,18 @@ def open_weights(
         return _from_checkpoint(folder, dtype, base)
     if adapter is None and (folder / adapters.CONFIG).exists():
         adapter = target
-        target = adapters.Adapter(folder).base
+        target = soft_prompts.open_adapter(folder).base
     model = job.model_folder(target)
-    method = tuning_method.Method(tuning_method.leave, [("", tuning_method.FROZEN)])
-    read = adapters.Adapter(Path(adapter)) if adapter is not None else None
-    if read is not None:
-        method = method._replace(wrap=read.wrap, made=True)
-    b = blueprint.draw(
-        model, lambda _: method, mesh, dtype or "float32", adapter=read, vocab=read.rows() if read else None
-    )
+    read = soft_prompts.open_adapter(Path(adapter)) if adapter is not None else None
+
+    def method(decoder: DecoderConfig) -> tuning_method.Method:
+        frozen = tuning_method.Method(tuning_method.leave, [("", tuning_method.FROZEN)])
+        if read is None:
+            return frozen
+        wrap = read.on(decoder) if isinstance(read, soft_prompts.SoftPrompts) else read.wrap
+        return frozen._replace(wrap=wrap, made=True, virtual=read.virtual)
+
+    b = blueprint.draw(model, method, mesh, dtype or "float32", adapter=read, vocab=read.rows() if read else None)
     weights = blueprint.materialise(b, jax.random.key(0), base)
     if read is None:
         return Opened(b, weights, model)

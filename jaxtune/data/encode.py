@@ -6,6 +6,7 @@ so any template works, with or without a generation tag.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,18 @@ def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, pro
         )
     except jinja2.TemplateError as e:
         raise UserError(f"{origin}: the chat template refuses the conversation: {e}") from e
+
+
+def with_virtual(virtual: Sequence[int], e: Encoded) -> Encoded:
+    """A text after virtual tokens, which are not trained on.
+
+    >>> with_virtual([300], Encoded(np.array([7, 8], np.int32), np.array([True, True])))
+    Encoded(ids=array([300,   7,   8], dtype=int32), mask=array([False,  True,  True]))
+    """
+    if not virtual:
+        return e
+    ids = np.concatenate([np.array(virtual, np.int32), e.ids])
+    return Encoded(ids, np.concatenate([np.zeros(len(virtual), bool), e.mask]))
 
 
 def visible(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:

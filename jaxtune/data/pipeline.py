@@ -67,8 +67,11 @@ class Prepared(NamedTuple):
     remarks: list[str]
 
 
-def prepare(data: Data, tokenizer: Any, seed: int, objective: str = "sft") -> Prepared:
-    """Read, split, encode and pack. The split is drawn by the seed, over examples, before packing."""
+def prepare(data: Data, tokenizer: Any, seed: int, objective: str = "sft", virtual: Sequence[int] = ()) -> Prepared:
+    """Read, split, encode and pack. The split is drawn by the seed, over examples, before packing.
+
+    Every text starts with the ids `virtual`, which count towards `max_length` and are not trained on.
+    """
     train = [e for s in data.sources for e in formats.read(s)]
     validation = [e for s in data.validation_sources for e in formats.read(s)]
     if not isinstance(data.validation, str) and data.validation > 0:
@@ -81,7 +84,7 @@ def prepare(data: Data, tokenizer: Any, seed: int, objective: str = "sft") -> Pr
     train_on = "all" if objective == "pretrain" else data.train_on
 
     def ready(examples: list[formats.Example], name: str) -> Rows:
-        return to_rows(examples, tokenizer, template, data, train_on, name, remarks)
+        return to_rows(examples, tokenizer, template, data, train_on, name, remarks, virtual)
 
     return Prepared(ready(train, "train"), ready(validation, "validation") if validation else None, template, remarks)
 
@@ -119,9 +122,15 @@ def to_rows(
     train_on: str,
     name: str,
     remarks: list[str],
+    virtual: Sequence[int] = (),
 ) -> Rows:
     """Encode and pack; what is cut or left out is counted in `remarks`."""
-    T = data.max_length
+    T = data.max_length - len(virtual)  # room for text
+    if T < 2:
+        raise UserError(
+            f"data.max_length={data.max_length} has no room beside {len(virtual)} virtual tokens; raise it, or lower "
+            "tuning.tokens"
+        )
     kept: list[Encoded] = []
     origins: list[str] = []
     cut = dropped = 0
@@ -133,6 +142,7 @@ def to_rows(
         elif len(e.ids) > T:
             pieces, cut = [Encoded(e.ids[:T], e.mask[:T])], cut + 1
         for p in pieces:
+            p = encode.with_virtual(virtual, p)
             if not p.mask[1:].any():  # the first token is never predicted
                 dropped += isinstance(example, formats.Conversation)
                 continue
@@ -142,6 +152,7 @@ def to_rows(
         remarks.append(f"{name}: {cut} of {len(examples)} examples are longer than {T} tokens and were cut at the end")
     if dropped:
         remarks.append(f"{name}: {dropped} examples were left out, nothing to train on is within {T} tokens")
+    T = data.max_length
     if not kept:
         raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
     if data.packing:

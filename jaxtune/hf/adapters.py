@@ -156,6 +156,8 @@ def _targets(modules: list[str], names: Sequence[str]) -> list[str]:
 class Adapter:
     """A PEFT adapter folder, read: `wrap` puts its nodes where they belong."""
 
+    virtual = 0  # virtual tokens, see `soft_prompts`
+
     def __init__(self, folder: Path) -> None:
         """Raises: UserError: a file is missing or damaged, or the adapter is of a kind that is not read."""
         try:

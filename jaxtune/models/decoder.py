@@ -6,7 +6,7 @@ F mlp, V vocab, E experts, L layers, R rotated part of a head.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxtune.layers import (
+    PREFIX,
     Embed,
     Head,
     Linear,
@@ -29,11 +30,13 @@ from jaxtune.layers import (
     attend,
     attend_past,
     constrain,
+    group_name,
     rope_tables,
     rotate,
     stack,
 )
 from jaxtune.models.moe import Moe, balance
+from jaxtune.nodes.soft_prompt import Prefix
 from jaxtune.weights import Array
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -138,7 +141,7 @@ class Cache:
     """Keys and values of what has been read: `layers` per group of layers, the rest shared by all layers."""
 
     layers: Mapping[str, tuple[Array, Array]]  # group -> k, v of [L, B, K, S, H]
-    segment_BS: Array  # 1 where a token stands, 0 where padding or nothing does
+    segment_BS: Array  # 1 where a token stands, 0 where padding or nothing does, `PREFIX` in a prefix
     length: Array  # how many of the S places are taken
 
     def grown(self, size: int) -> "Cache":
@@ -157,12 +160,23 @@ class Cache:
         return Cache(both, put(self.segment_BS, segment_BT, 1), self.length + segment_BT.shape[1])
 
 
+def prefix_cache(prefix: Prefix, groups: Sequence[int], rows: int, dtype: Any) -> Cache:
+    """A prefix as the past of so many rows."""
+    layers, first = {}, 0
+    for count in groups:
+        pair = (x_LKVH[first : first + count, None].astype(dtype) for x_LKVH in (prefix.k_LKVH, prefix.v_LKVH))
+        k, v = (jnp.broadcast_to(x, (count, rows, *x.shape[2:])) for x in pair)
+        layers[group_name(first, count)] = k, v
+        first += count
+    return Cache(layers, jnp.full((rows, prefix.tokens), PREFIX, jnp.int32), jnp.int32(prefix.tokens))
+
+
 class Where(NamedTuple):
     """At which positions and segments tokens stand; the same for every layer."""
 
     tables: tuple[Array, Array]  # of `rope_tables`
     segment_BT: Array
-    past: Any  # segment_BS and length of the cache; None without
+    past: Any  # segment_BS and length of the cache, and the positions here; None without
 
 
 class Own(NamedTuple):
@@ -258,7 +272,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to `Outputs`; with a cache, or where one is to be kept, also the cache with these tokens in it.
 
-    `segment_BT` numbers the packed sequences of a row, from 1; 0 is padding. `position_BT` restarts in each.
+    `segment_BT` numbers the packed sequences of a row, from 1; 0 is padding. `position_BT` restarts in each. A
+    `Prefix` on the token table is the past of every sequence, whose positions then begin after it.
     """
 
     c: DecoderConfig
@@ -272,12 +287,17 @@ class Decoder(nn.Module):
         x_BTD = constrain(embed(ids_BT))
         if c.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
-        past = None if cache is None else (cache.segment_BS, cache.length)
+        groups = c.groups or (c.layers,)
+        prefix = embed.weight if isinstance(embed.weight, Prefix) else None
+        begins = cache is None and prefix is not None
+        if prefix is not None:
+            position_BT = position_BT + prefix.tokens
+            cache = prefix_cache(prefix, groups, ids_BT.shape[0], x_BTD.dtype) if cache is None else cache
+        past = None if cache is None else (cache.segment_BS, cache.length, position_BT)
         where = Where(rope_tables(c.ropes, position_BT, segment_BT), segment_BT, past)
         rope_L = np.array(c.rope_of, np.int32) if len(set(c.rope_of)) > 1 else None
         window_L = np.array([w or 2**30 for w in c.windows], np.int32) if len(set(c.windows)) > 1 else None
         layers, routed, first = {}, [], 0
-        groups = c.groups or (c.layers,)
         for count, (name, group) in zip(groups, stack(Block, groups, c.remat, c), strict=True):
             here = slice(first, first + count)
             rope, window = (None if x is None else jnp.asarray(x[here]) for x in (rope_L, window_L))
@@ -286,6 +306,8 @@ class Decoder(nn.Module):
             routed.append(chose)
             first += count
         x_BTD = c.norm("norm")(x_BTD)
+        if begins and cache is not None:
+            cache = cache.grown(cache.segment_BS.shape[1] + ids_BT.shape[1]) if keep else None
         if cache is not None:
             cache = cache.with_new(layers, segment_BT)
         elif keep:

@@ -23,12 +23,12 @@ LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
 def next_token(batch: Mapping[str, Array]) -> tuple[Array, Array]:
     """Targets and their weights: each token predicts the next one of its own segment, where the loss mask has that one.
 
-    Returns: `target_BT` int32 and `weight_BT` float32.
+    Returns: `target_BT` int32, 0 where nothing is predicted, and `weight_BT` float32.
     """
-    target_BT = jnp.roll(batch["ids_BT"], -1, 1)
     same_BT = batch["segment_BT"] == jnp.roll(batch["segment_BT"], -1, 1)
     wanted_BT = same_BT & (jnp.roll(batch["loss_mask_BT"], -1, 1) > 0) & (batch["segment_BT"] > 0)
-    return target_BT, wanted_BT.at[:, -1].set(False).astype(jnp.float32)
+    wanted_BT = wanted_BT.at[:, -1].set(False)
+    return jnp.where(wanted_BT, jnp.roll(batch["ids_BT"], -1, 1), 0), wanted_BT.astype(jnp.float32)
 
 
 def cross_entropy(outputs: Outputs, target_BT: Array, weight_BT: Array) -> tuple[Array, Array]:

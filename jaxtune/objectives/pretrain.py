@@ -9,5 +9,6 @@ from jaxtune.weights import Array
 
 
 def objective(outputs: Outputs, batch: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Any]]:
-    """As `sft.objective`, whatever the loss mask says."""
-    return sft.objective(outputs, {**batch, "loss_mask_BT": batch["segment_BT"] > 0})
+    """As `sft.objective`, whatever the loss mask says; virtual tokens, beyond the vocabulary, are not predicted."""
+    of_text_BT = (batch["segment_BT"] > 0) & (batch["ids_BT"] < (outputs.readout.vocab or 2**31 - 1))
+    return sft.objective(outputs, {**batch, "loss_mask_BT": of_text_BT})

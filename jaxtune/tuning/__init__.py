@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning import freeze, full, galore, ia3, lora
+from jaxtune.tuning import freeze, full, galore, ia3, lora, prefix, prompt
 from jaxtune.tuning.method import Method
 
 METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
@@ -15,6 +15,8 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.QLora: lora.method,
     config.Galore: galore.method,
     config.Ia3: ia3.method,
+    config.Prompt: prompt.method,
+    config.Prefix: prefix.method,
 }
 
 

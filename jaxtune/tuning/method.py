@@ -46,7 +46,7 @@ class Method(NamedTuple):
     within: Callable[[optax.GradientTransformation, Tree], optax.GradientTransformation] | None = None  # around the
     # optimiser's core, before decay and learning rate; also gets the abstract `Weight`s of what trains
     penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
-    virtual: int = 0  # virtual tokens before every text
+    virtual: int = 0  # virtual tokens before every text, see `Blueprint.virtual_ids`
     choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight
 
 
