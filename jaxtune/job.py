@@ -148,8 +148,10 @@ def prepare(c: Config) -> Job:
     vocab = vocabulary(c.vocabulary, words, rows, str(side))
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective)
     mesh = sharding.make_mesh(c.mesh)
+    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
+    training = tuning_method.Training(steps, c.optim, c.train.seed)
     b = blueprint.draw(
-        folder, lambda d: _method(c.tuning, read, d), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
+        folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple, c.train.param_dtype,
     )  # fmt: skip
     if read is not None:
@@ -158,7 +160,6 @@ def prepare(c: Config) -> Job:
         log.warn("vocabulary: the new tokens' embeddings do not train; tuning.train=[embeddings, head] would let them")
     if c.data.max_length > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
-    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     tx = b.method.around(optim.make(c.optim, steps))
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
@@ -196,9 +197,11 @@ def _tables_train(b: Blueprint) -> bool:
     return all(found != tuning_method.FROZEN for found in jax.tree.leaves(b.labels["embed_tokens"]))
 
 
-def _method(tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any) -> tuning_method.Method:
+def _method(
+    tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, training: tuning_method.Training
+) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
-    method = tuning.make(tuning_config, decoder)
+    method = tuning.make(tuning_config, decoder, training)
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 

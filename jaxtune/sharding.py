@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.config import Mesh as MeshConfig
 from jaxtune.errors import UserError
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
-from jaxtune.weights import path_name
+from jaxtune.weights import owner, path_name
 
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
@@ -94,13 +94,17 @@ def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None]
 def optimiser_shardings(tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> Any:
     """Optimiser state lies where its parameter lies; factored and scalar state is copied.
 
+    A leaf belongs to the parameter with whose path its own ends. It may hold fewer layers of it, which are not split.
     `trainable` has abstract leaves with shardings.
     """
-    state = jax.eval_shape(tx.init, trainable)
-    return optax.tree_utils.tree_map_params(
-        tx,
-        lambda s, p: p.sharding if s.shape == p.shape else replicated(mesh),
-        state,
-        trainable,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    own = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(trainable)}
+
+    def one(path: tuple, s: Any) -> Any:
+        name = owner(path_name(path), own)
+        if name is None:
+            return replicated(mesh)
+        p = own[name]
+        layers = s.ndim == p.ndim and s.shape[1:] == p.shape[1:] and name.startswith("layers_")
+        return p.sharding if s.shape == p.shape or layers else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtune import config
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning import freeze, full, lora
-from jaxtune.tuning.method import Method
+from jaxtune.tuning import adalora, freeze, full, gradient_select, lisa, lora
+from jaxtune.tuning.method import Method, Training
 
 METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.Full: full.method,
@@ -15,7 +15,15 @@ METHODS: Mapping[type, Callable[[Any, DecoderConfig], Method]] = {
     config.QLora: lora.method,
 }
 
+ADAPTIVE: Mapping[type, Callable[[Any, DecoderConfig, Training], Method]] = {
+    config.AdaLora: adalora.method,
+    config.Lisa: lisa.method,
+    config.GradientSelect: gradient_select.method,
+}
 
-def make(tuning: config.Tuning, decoder: DecoderConfig) -> Method:
-    """The method that a config names."""
+
+def make(tuning: config.Tuning, decoder: DecoderConfig, training: Training = Training()) -> Method:  # noqa: B008
+    """The method that a config names, for the training that it is part of."""
+    if type(tuning) in ADAPTIVE:
+        return ADAPTIVE[type(tuning)](tuning, decoder, training)
     return METHODS[type(tuning)](tuning, decoder)
