@@ -135,4 +135,4 @@ def _shades(n: int) -> list[Any]:
     """White-grey for none, then from light to dark."""
     from matplotlib import colormaps
 
-    return ["#eeeeee", *(colormaps["viridis_r"](x) for x in np.linspace(0.05, 1.0, n - 1))]
+    return ["#eeeeee", *(colormaps["YlGnBu"](x) for x in np.linspace(0.2, 1.0, n - 1))]

@@ -85,7 +85,7 @@ def around(
 ) -> optax.GradientTransformation:
     """`tx` over what trains all the time and over the slots of what is chosen among the weights labelled `CHOSEN`.
 
-    Updates of stacks are new − old in the weight's own dtype, zero for layers that are not chosen.
+    Updates of stacks are new − old, zero for layers that are not chosen.
     """
     labels_of = Method(leave, rules)
 
@@ -131,7 +131,7 @@ def around(
         for name, u in stacks(updates).items():
             masters[name] = masters[name] + u * _expand(correction(age[name], step, optim), u)
         new = {name: scatter(x, layers[name], masters[name]) for name, x in w.items()}
-        updates = _swap(updates, {name: new[name] - x for name, x in w.items()})
+        updates = _swap(updates, {name: _difference(new[name], x) for name, x in w.items()})
         return updates, BlockState(inner, step, memory, layers, age, masters, first)
 
     return optax.GradientTransformation(init, update)
@@ -206,6 +206,11 @@ def _begun(state: Tree, empty: Tree, fresh: Stacks) -> Tree:
 
 def _swap(tree: Tree, other: Stacks) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda p, x: other.get(path_name(p), x), tree)
+
+
+def _difference(new: Array, old: Array) -> Array:
+    """In float32, so that old + (new − old) is new in bfloat16 too."""
+    return new.astype(jnp.float32) - old.astype(jnp.float32)
 
 
 def _expand(x_S: Array, like: Array) -> Array:

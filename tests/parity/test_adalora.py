@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, convert, log, optim, run
+from jaxtune import blueprint, convert, optim, run
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.layers import plain_names, unbox
@@ -122,3 +122,38 @@ def test_losses_and_ranks_are_pefts(stories, assets, tmp_path):
     assert ranks[-1] == ranks[-5] == 2 * adapters
     assert sorted(ranks, reverse=True) == ranks
     assert len(set(ranks)) > 5
+
+
+IDS = np.random.default_rng(0).integers(3, 512, (2, 40))
+
+
+def our_logits(model):
+    at = np.broadcast_to(np.arange(IDS.shape[1]), IDS.shape)
+    return np.asarray(model.blueprint.model.apply({"params": model.weights}, IDS, np.ones_like(IDS), at)[0].logits())
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(IDS)).logits.numpy()
+
+
+def test_what_is_left_is_exported_as_plain_lora(stories, assets, tmp_path):
+    """peft, we and the merged model give the same logits; the export's ranks are those of the record."""
+    out = run.train(settings(stories, assets, tmp_path / "r", train__batch_size=2))
+    held = json.loads((out / "export/adapter_config.json").read_text())
+    assert held["peft_type"] == "LORA"
+    last = json.loads((out / "allocation.jsonl").read_text().splitlines()[-1])["allocation"]
+    left = {unit: rank for unit, rank in last.items() if rank}
+    assert sum(left.values()) == 2 * len(last)
+    assert len(set(left.values())) > 1
+    opened = peft.PeftModel.from_pretrained(theirs(stories), out / "export")
+    for name, p in opened.named_parameters():
+        if "lora_A" in name:
+            unit = re.search(r"layers\.\d+\.\w+\.\w+", name)[0].replace(".", "/")
+            assert p.shape[0] == left.pop(unit)
+    assert not left
+    got = torch_logits(opened)
+    assert np.abs(got - torch_logits(theirs(stories))).max() > 0.1
+    np.testing.assert_allclose(our_logits(open_model(str(out))), got, atol=1e-4, rtol=1e-4)
+    convert.write_model(str(out), tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(theirs(tmp_path / "merged")), got, atol=1e-4, rtol=1e-4)
