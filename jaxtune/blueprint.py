@@ -21,7 +21,7 @@ from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.tuning import method as tuning
-from jaxtune.tuning.method import FROZEN, Method
+from jaxtune.tuning.method import CHOSEN, FROZEN, Method
 from jaxtune.weights import densify, is_node, path_name, under
 
 Tree = Any
@@ -242,11 +242,19 @@ def full_tensors(
             rows = b.decoder.vocab if table else tensor.shape[0]  # without padding
 
             def data(
-                w: Any = w, base: Weight = base, at: Any = at, t: load.Stored = tensor, trained: bool = trained
+                w: Any = w,
+                base: Weight = base,
+                at: Any = at,
+                t: load.Stored = tensor,
+                trained: bool = trained,
+                chosen: bool = labels.get(name) == CHOSEN,
             ) -> np.ndarray:
                 if not trained:
                     return _merged(w, base, at, t) if is_node(w) and w is not under(w) else t.open()
-                return layout.to_hf(np.asarray(layout.pick(w, at)), base)
+                array = layout.to_hf(np.asarray(layout.pick(w, at)), base)
+                if chosen and np.array_equal(t.open().astype(array.dtype), array):  # never trained
+                    return t.open()
+                return array
 
             def final(data: Callable[[], np.ndarray] = data, to: np.dtype = wanted, n: int = rows) -> np.ndarray:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused when it is written

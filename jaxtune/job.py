@@ -34,7 +34,6 @@ from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuning import method as tuning_method
-from jaxtune.tuning import prompt
 
 Tree = Any
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -152,8 +151,10 @@ def prepare(c: Config) -> Job:
     virtual = range(first, first + (c.tuning.tokens if isinstance(c.tuning, config.Prompt) else 0))
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
     mesh = sharding.make_mesh(c.mesh)
+    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
+    training = tuning_method.Training(steps, c.optim, c.train.seed, lambda text: words(text).input_ids)
     b = blueprint.draw(
-        folder, lambda d: _method(c.tuning, read, d, words), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
+        folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple, c.train.param_dtype,
     )  # fmt: skip
     if read is not None:
@@ -168,7 +169,6 @@ def prepare(c: Config) -> Job:
     prefix = c.tuning.tokens if isinstance(c.tuning, config.Prefix) else 0
     if c.data.max_length + prefix > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
-    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
@@ -216,12 +216,10 @@ def _tables_train(b: Blueprint) -> bool:
 
 
 def _method(
-    tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, words: Any
+    tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, training: tuning_method.Training
 ) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
-    if isinstance(tuning_config, config.Prompt) and tuning_config.text is not None:
-        return prompt.method(tuning_config, decoder, words(tuning_config.text).input_ids)
-    method = tuning.make(tuning_config, decoder)
+    method = tuning.make(tuning_config, decoder, training)
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune import blueprint, config, evaluate, log, optim, sharding
+from jaxtune.allocation import Allocation
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
@@ -38,6 +39,7 @@ from jaxtune.layers import unbox
 from jaxtune.nodes import soft_prompt
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import Every, Hooks, State, loop
+from jaxtune.tuning import adalora
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
@@ -138,7 +140,11 @@ def _loop(
     def on_save(n: int, state: State) -> None:
         checkpoints.save(n, state.saved(), batches.state, about)
 
-    with contextlib.closing(runlog):
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(contextlib.closing(runlog))
+        if (choice := job.blueprint.method.choice) is not None:
+            record = closing.enter_context(contextlib.closing(Allocation(Path(c.output), start, choice)))
+            compiled = record.watching(compiled)
         if not start:
             on_evaluate(0, state)
         hooks = Hooks(on_log, on_evaluate, on_save, told.is_set)
@@ -227,7 +233,7 @@ def write_export(
             brings = blueprint.full_tensors(b, weights, only_whole=True)
             dropout, rslora = getattr(t, "dropout", 0.0), getattr(t, "rslora", False)
             names = tuning_method.decoder_names(b.decoder)
-            nodes = blueprint.adapted(b, weights)
+            nodes = adalora.as_lora(blueprint.adapted(b, weights))
             if (prompt := soft_prompt.of(weights)) is not None:
                 soft_prompts.write(folder, prompt, base, b.decoder)
             else:

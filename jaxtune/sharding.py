@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune.config import Mesh as MeshConfig
 from jaxtune.errors import UserError
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
-from jaxtune.weights import path_name
+from jaxtune.weights import owner, path_name
 
 AXES = ("data", "fsdp", "expert", "tensor")
 RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
@@ -95,13 +95,17 @@ def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None]
 def optimiser_shardings(tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> Any:
     """Optimiser state lies where its parameter lies; factored and scalar state is copied.
 
-    A state leaf is a parameter's if its path ends with the parameter's and its shape is the same. `trainable` has
-    abstract leaves with shardings.
+    A leaf belongs to the parameter with whose path its own ends. It may hold fewer layers of it, which are not split.
+    `trainable` has abstract leaves with shardings.
     """
-    params = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(trainable)}
+    own = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(trainable)}
 
-    def one(path: tuple, s: Any) -> NamedSharding:
-        mine = (params.get(path_name(path[i:])) for i in range(len(path)))
-        return next((p.sharding for p in mine if p is not None and p.shape == s.shape), replicated(mesh))
+    def one(path: tuple, s: Any) -> Any:
+        name = owner(path_name(path), own)
+        if name is None:
+            return replicated(mesh)
+        p = own[name]
+        layers = s.ndim == p.ndim and s.shape[1:] == p.shape[1:] and name.startswith("layers_")
+        return p.sharding if s.shape == p.shape or layers else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))

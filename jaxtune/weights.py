@@ -9,7 +9,7 @@ Dimensions: letters of an einsum equation; E experts, M rows of tokens.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from math import prod
 from typing import Any, NamedTuple, dataclass_transform
 
@@ -164,3 +164,14 @@ def path_name(path: tuple) -> str:
     'mlp/weight'
     """
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
+
+
+def owner(path: str, names: Container[str]) -> str | None:
+    """The longest end of a path that is among `names`: the weight that a leaf of an optimiser's state belongs to.
+
+    >>> owner("0/mu/mlp/weight", ["mlp/weight"])
+    'mlp/weight'
+    """
+    parts = path.split("/")
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end in names), None)

@@ -3,10 +3,10 @@
 from jaxtune.config import Freeze
 from jaxtune.errors import UserError
 from jaxtune.models.decoder import DecoderConfig
-from jaxtune.tuning.method import FROZEN, TRAIN, Method, covering, decoder_names, leave, named
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, Training, covering, decoder_names, leave, named
 
 
-def method(tuning: Freeze, decoder: DecoderConfig) -> Method:
+def method(tuning: Freeze, decoder: DecoderConfig, training: Training) -> Method:
     """Rules that train the first and last layers that are asked for and the patterns of `tuning.train`, and no more.
 
     Raises:

@@ -17,13 +17,13 @@ from jaxtune.errors import UserError
 from jaxtune.layers import Weight, is_weight, plain_names
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.tuning.lora import targetable
-from jaxtune.tuning.method import TRAIN, Method, covering, decoder_names, leave
+from jaxtune.tuning.method import TRAIN, Method, Training, covering, decoder_names, leave
 from jaxtune.weights import Array, path_name
 
 Tree = Any
 
 
-def method(tuning: Galore, decoder: DecoderConfig) -> Method:
+def method(tuning: Galore, decoder: DecoderConfig, training: Training) -> Method:
     """Everything trains; the gradients of the matrices that `tuning.targets` names are projected.
 
     Raises:

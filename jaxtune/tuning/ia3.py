@@ -12,13 +12,13 @@ from jaxtune.layers import Weight
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.nodes.ia3 import IA3
 from jaxtune.tuning.lora import only_linear, targetable
-from jaxtune.tuning.method import FROZEN, TRAIN, Method, covering, decoder_names
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, Training, covering, decoder_names
 from jaxtune.weights import Array
 
 _WEIGHT = "/weight"
 
 
-def method(tuning: Ia3, decoder: DecoderConfig) -> Method:
+def method(tuning: Ia3, decoder: DecoderConfig, training: Training) -> Method:
     """A vector of ones for each weight that `tuning.targets` names, on its inputs where `tuning.inputs` does.
 
     Raises:

@@ -19,7 +19,7 @@ from jaxtune.models.decoder import DecoderConfig
 from jaxtune.nodes.dora import DoRA, norm
 from jaxtune.nodes.lora import LoRA, each
 from jaxtune.tuning import forms
-from jaxtune.tuning.method import FROZEN, TRAIN, Method, covering, decoder_names, named
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, Training, covering, decoder_names, named
 from jaxtune.weights import Array
 
 _WEIGHT = "/weight"
@@ -33,7 +33,7 @@ _TRAINS: Mapping[str, str] = {  # what of a node trains, by form
 _PRINCIPAL = ("pissa", "olora")
 
 
-def method(tuning: Lora, decoder: DecoderConfig) -> Method:
+def method(tuning: Lora, decoder: DecoderConfig, training: Training) -> Method:
     """Adapters on the weights that `tuning.targets` names: all matrices of the layers, or regexes on names.
 
     What `tuning.train` names trains whole, without an adapter.

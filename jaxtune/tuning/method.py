@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtune.config import Optim
 from jaxtune.errors import UserError
 from jaxtune.layers import Weight, group_name, is_weight, plain_names
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
@@ -48,6 +49,15 @@ class Method(NamedTuple):
     penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
     virtual: int = 0  # virtual tokens before every text, see `Blueprint.virtual_ids`
     choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight
+
+
+class Training(NamedTuple):
+    """What a method may need to know of the run."""
+
+    steps: int = 0  # of the whole run
+    optim: Optim = Optim()
+    seed: int = 0
+    encode: Callable[[str], Sequence[int]] = lambda text: ()  # a text's tokens
 
 
 def wrap(method: Method, weights: Tree, key: Array) -> Tree:

@@ -9,13 +9,13 @@ from jaxtune.config import Prefix as PrefixConfig
 from jaxtune.layers import Weight
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.nodes.soft_prompt import PREFIX_AXES, TABLE, Prefix
-from jaxtune.tuning.method import FROZEN, TRAIN, Method
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, Training
 from jaxtune.weights import Array
 
 _START = 0.02  # standard deviation; peft draws with 1, which drowns the text at first
 
 
-def method(tuning: PrefixConfig, decoder: DecoderConfig) -> Method:
+def method(tuning: PrefixConfig, decoder: DecoderConfig, training: Training) -> Method:
     """A prefix for all layers on the token table, drawn small, so that queries see it evenly at first."""
     shape = decoder.layers, decoder.kv_heads, tuning.tokens, decoder.head
 

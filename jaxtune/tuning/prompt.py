@@ -4,8 +4,6 @@ al., 2021), where a small network makes them.
 Dimensions: V virtual tokens, D embed, F width of the network.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -14,12 +12,12 @@ from jaxtune.errors import UserError
 from jaxtune.layers import Weight
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.nodes.soft_prompt import PROMPT_AXES, TABLE, Dense, PromptEncoder, SoftPrompt
-from jaxtune.tuning.method import FROZEN, TRAIN, Method
+from jaxtune.tuning.method import FROZEN, TRAIN, Method, Training
 from jaxtune.weights import Array
 
 
-def method(tuning: Prompt, decoder: DecoderConfig, start: Sequence[int] = ()) -> Method:
-    """Virtual tokens that start as the embeddings of `start` (as often as it takes), or of tokens drawn by the seed.
+def method(tuning: Prompt, decoder: DecoderConfig, training: Training) -> Method:
+    """Virtual tokens that start as the embeddings of `text` (as often as it takes), or of tokens drawn by the seed.
 
     With an encoder its table is drawn from a normal distribution, and its layers as torch draws linear ones.
 
@@ -32,6 +30,7 @@ def method(tuning: Prompt, decoder: DecoderConfig, start: Sequence[int] = ()) ->
             f"tuning.text is for tuning.encoder=none: what encoder={tuning.encoder} makes starts at random; leave one "
             "of them out"
         )
+    start = () if tuning.text is None else training.encode(tuning.text)
     if tuning.text is not None and not start:
         raise UserError(f"tuning.text={tuning.text!r} has no token; give a text of some words or leave it out")
 

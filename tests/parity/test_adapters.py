@@ -105,6 +105,7 @@ def test_what_peft_saved_is_read(folder, tmp_path, name):
             if p.requires_grad and "magnitude" not in str(p):
                 p.copy_(p + 0.1 * torch.rand_like(p))
     if name == "adalora":  # some ranks of some layers are gone, all of one
+
         def kept(n):
             return [False] * 4 if "layers.0.mlp" in n else [i % 2 == 0 or "layers.1" in n for i in range(4)]
 

@@ -183,7 +183,10 @@ def test_lora_plus_is_a_rate_of_b(folder):
     [
         ({"rank_pattern": {"nope": 3}}, "tuning.rank_pattern: pattern 'nope' matches no weight; there are layers/N"),
         ({"targets": "q_proj", "alpha_pattern": {"k_proj": 3}}, "tuning.alpha_pattern: pattern 'k_proj' matches no"),
-        ({"dora": True, "targets": "embed"}, "tuning.dora is for linear layers, and embed_tokens is an embedding table"),
+        (
+            {"dora": True, "targets": "embed"},
+            "tuning.dora is for linear layers, and embed_tokens is an embedding table",
+        ),
         ({"form": "vera", "rank_pattern": {"q_proj": 3}}, "tuning.form=vera shares its matrices, so it has one rank"),
         ({"form": "loha", "dropout": 0.1}, "tuning.dropout is not for tuning.form=loha; set it to 0"),
         ({"form": "lokr", "adapter": "x"}, "tuning.adapter goes on from LoRA only; leave tuning.form=lokr out"),

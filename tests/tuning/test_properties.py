@@ -96,7 +96,7 @@ def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data
         np.testing.assert_allclose(logits(j, weights), logits(j, plain(weights)), atol=2e-4)
 
     own, state_bytes = job.held(state.trainable), job.held(state.optimiser)
-    assert 0 < own
+    assert own > 0
     assert state_bytes < own * (3 if name in MASTERS else 2) + 4096  # two moments of what trains, and counters
     frozen, before = jax.tree.map(np.asarray, (state.frozen, state.trainable))
 
