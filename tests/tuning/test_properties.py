@@ -1,5 +1,7 @@
 """What every method promises, over random settings of it: who changes, who owns state, what merging and saving keep."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,6 @@ def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data
         train__steps=12,
     )  # fmt: skip
     j = job.prepare(c)
-    b = j.blueprint
     state = start(j)
     weights = m.join(state.trainable, state.frozen)
     if same_at_first:
@@ -102,7 +103,7 @@ def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data
 
     with jax.set_mesh(j.mesh):
         step, put = job.compile_step(j), job.putter(j.mesh, accumulation)
-        batches = [put(x) for _, x in zip(range(2 * STEPS), Batches(j.data.train, 4, seed=0, row_count=None))]
+        batches = [put(x) for x in itertools.islice(Batches(j.data.train, 4, seed=0, row_count=None), STEPS + 1)]
         for x in batches[:STEPS]:
             state, report = step(state, x)
     assert np.isfinite(float(report["loss"]))
