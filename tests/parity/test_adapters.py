@@ -66,7 +66,7 @@ def exported(folder, t, out):
 def test_what_is_exported_opens_in_peft_and_here(folder, tmp_path, name):
     want = exported(folder, parse(FORMS[name]), tmp_path / "a")
     base = torch_logits(theirs(folder), SMALL)
-    assert np.abs(want - base).max() > 0.01
+    assert np.abs(want - base).max() > 1e-3
     opened = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "a")
     np.testing.assert_allclose(torch_logits(opened, SMALL), want, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(opened_logits(str(tmp_path / "a")), want, atol=1e-4, rtol=1e-4)
@@ -99,6 +99,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # peft's word on an adapter with no rank left
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_peft_saved_is_read(folder, tmp_path, name):
     torch.manual_seed(0)
@@ -140,8 +141,8 @@ def test_first_factors_are_pefts(init):
 
 
 def test_random_matrices_that_were_not_saved_are_asked_for(folder, tmp_path):
-    c = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
     with pytest.warns(UserWarning, match="project"):
-        peft.get_peft_model(theirs(folder), c).save_pretrained(tmp_path / "a")
+        c = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    peft.get_peft_model(theirs(folder), c).save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match="was saved without VeRA's random matrices.*save_projection=True"):
         open_model(str(folder), str(tmp_path / "a"))
