@@ -80,10 +80,10 @@ def tensors(node: Any, layer: int) -> Tensors:
         if leaf is None or "embedding" in name:
             continue
         x = np.asarray(leaf.value[layer] if leaf.stacked else leaf.value, np.float32)
-        if isinstance(node, IA3) and not node.inputs:
-            x = x.reshape(-1, 1)
-        elif leaf.n_in:
-            x = x.reshape(prod(x.shape[: leaf.n_in]), -1).T
+        if isinstance(node, IA3):
+            x = x.reshape((1, -1) if node.inputs else (-1, 1))
+        else:
+            x = x.reshape(prod(x.shape[: leaf.n_in]), -1).T if leaf.n_in else x.reshape(-1)
         out[f"{name}.weight" if name in ("lora_A", "lora_B") else name] = x
     return out
 

@@ -1,4 +1,4 @@
-"""DoRA, IA3, VeRA, LoHa, LoKr, PiSSA, OLoRA and AdaLoRA beside peft: steps, adapter folders both ways, first factors."""
+"""Every kind of adapter beside peft: steps, adapter folders both ways, first factors."""
 
 import json
 
@@ -15,10 +15,10 @@ from jaxtune.layers import unbox
 from jaxtune.tuned import open_model
 from jaxtune.tuning import lora
 from jaxtune.tuning import method as m
-from tests.parity.test_peft import IDS, our_logits, steps_agree_with_torch, theirs, torch_logits
+from tests.parity.test_peft import IDS, steps_agree_with_torch, theirs, torch_logits
 from tests.parity.test_peft import stories as stories
 from tests.tiny import write_tiny
-from tests.tuning.test_adapters import FORMS, parse
+from tests.tuning.test_adapters import FORMS, logits, parse
 
 SMALL = IDS[:, :16] % 300
 
@@ -38,6 +38,11 @@ def test_twenty_steps_agree_with_torch(stories, assets, tmp_path, name):
     steps_agree_with_torch(stories, assets, tmp_path, t)
 
 
+def opened_logits(*names):
+    opened = open_model(*names)
+    return np.asarray(logits(opened.blueprint.model, opened.weights, SMALL))
+
+
 def exported(folder, t, out):
     """A trained-looking model under a method, and its adapter folder."""
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
@@ -54,19 +59,17 @@ def exported(folder, t, out):
     dropout, rslora = getattr(t, "dropout", 0.0), getattr(t, "rslora", False)
     nodes = blueprint.adapted(b, boxes)
     adapters.write(out, nodes, m.decoder_names(b.decoder), str(folder), "llama", {}, dropout, rslora)
-    at = np.broadcast_to(np.arange(SMALL.shape[1]), SMALL.shape)
-    made = b.model.apply({"params": unbox(boxes)}, SMALL, np.ones_like(SMALL), at)[0].logits()
-    return np.asarray(made)
+    return np.asarray(logits(b.model, unbox(boxes), SMALL))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_exported_opens_in_peft_and_here(folder, tmp_path, name):
     want = exported(folder, parse(FORMS[name]), tmp_path / "a")
     base = torch_logits(theirs(folder), SMALL)
-    assert np.abs(want - base).max() > 0.01
+    assert np.abs(want - base).max() > 1e-3
     opened = peft.PeftModel.from_pretrained(theirs(folder), tmp_path / "a")
     np.testing.assert_allclose(torch_logits(opened, SMALL), want, atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(our_logits(open_model(str(tmp_path / "a")), SMALL), want, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(opened_logits(str(tmp_path / "a")), want, atol=1e-4, rtol=1e-4)
     convert.write_model(str(tmp_path / "a"), tmp_path / "merged")
     np.testing.assert_allclose(torch_logits(theirs(tmp_path / "merged"), SMALL), want, atol=1e-4, rtol=1e-4)
 
@@ -96,6 +99,7 @@ THEIRS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")  # peft's word on an adapter with no rank left
 @pytest.mark.parametrize("name", THEIRS)
 def test_what_peft_saved_is_read(folder, tmp_path, name):
     torch.manual_seed(0)
@@ -115,7 +119,7 @@ def test_what_peft_saved_is_read(folder, tmp_path, name):
     model.eval()
     want = torch_logits(model, SMALL)
     model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    got = our_logits(open_model(str(folder), str(tmp_path / "a")), SMALL)
+    got = opened_logits(str(folder), str(tmp_path / "a"))
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
     convert.write_model(str(folder), tmp_path / "merged", adapter=str(tmp_path / "a"))
     np.testing.assert_allclose(torch_logits(theirs(tmp_path / "merged"), SMALL), want, atol=1e-4, rtol=1e-4)
@@ -137,8 +141,8 @@ def test_first_factors_are_pefts(init):
 
 
 def test_random_matrices_that_were_not_saved_are_asked_for(folder, tmp_path):
-    c = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
     with pytest.warns(UserWarning, match="project"):
-        peft.get_peft_model(theirs(folder), c).save_pretrained(tmp_path / "a")
+        c = peft.VeraConfig(r=4, target_modules=["q_proj"], save_projection=False)
+    peft.get_peft_model(theirs(folder), c).save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match="was saved without VeRA's random matrices.*save_projection=True"):
         open_model(str(folder), str(tmp_path / "a"))

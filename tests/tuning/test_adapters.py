@@ -1,5 +1,7 @@
 """Every kind of adapter: nothing changes at first, merged is wrapped, what trains, and what does not go together."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,13 @@ from jaxtune.nodes.dora import DoRA, norm
 from jaxtune.nodes.ia3 import IA3
 from jaxtune.nodes.loha import LoHa
 from jaxtune.nodes.lokr import LoKr
-from jaxtune.nodes.quantized import Quantized, quantize
+from jaxtune.nodes.quantized import Quantized
 from jaxtune.nodes.vera import VeRA
+from jaxtune.tuning import lora
 from jaxtune.tuning import method as m
 from jaxtune.weights import densify, einsum, seeded
 from tests.tiny import write_tiny
-from tests.tuning.test_method import logits, make, nudged
+from tests.tuning.test_method import IDS, make, nudged
 
 FORMS = {
     "dora": {"dora": True, "rank": 3, "targets": ["^layers/", "lm_head"]},
@@ -39,9 +42,6 @@ def parse(t):
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
-
-
-LEAD = {(): ("btnh,nhd->btd", (2, 3)), (2,): (None, (2, 3))}
 
 
 def nodes(lead):
@@ -102,21 +102,29 @@ def folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("small") / "m", layers=2, tied=False)
 
 
+@functools.partial(jax.jit, static_argnames="model")  # one compilation for all weights of one form
+def logits(model, weights, ids=IDS):
+    at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return model.apply({"params": weights}, ids, jnp.ones_like(ids), at)[0].logits()
+
+
 @pytest.fixture(scope="module")
 def plain(folder):
-    return logits(*make(folder, parse({"method": "full"})))
+    b, w = make(folder, parse({"method": "full"}))
+    return logits(b.model, w)
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_nothing_changes_at_first_and_merged_is_wrapped(folder, plain, name):
     b, w = make(folder, parse(FORMS[name]))
-    np.testing.assert_allclose(logits(b, w), plain, atol=2e-5)
+    base = m.strip(w)
+    np.testing.assert_allclose(logits(b.model, w), plain, atol=2e-5)
     assert all(jax.tree.leaves(jax.tree.map(lambda x: x.dtype == jnp.float32, m.split(w, b.labels)[0])))
     w = nudged(w, b.labels)
-    wrapped = logits(b, w)
-    assert np.abs(wrapped - plain).max() > 0.01
-    np.testing.assert_allclose(logits(b, m.merge(w)), wrapped, atol=2e-4)
-    np.testing.assert_allclose(logits(b, m.strip(w)), plain, atol=2e-5)
+    wrapped = logits(b.model, w)
+    assert np.abs(wrapped - plain).max() > 1e-3
+    np.testing.assert_allclose(logits(b.model, m.merge(w)), wrapped, atol=2e-4)
+    jax.tree.map(np.testing.assert_array_equal, m.strip(w), base)
 
 
 @pytest.mark.parametrize("name", ["dora", "pissa", "vera", "ia3"])
@@ -126,19 +134,17 @@ def test_adapters_stand_upon_four_bits(folder, name):
     base = jax.tree.map(lambda x: x, m.strip(w))
     q = base["layers_0-1"]["self_attn"]["q_proj"]["weight"]
     assert isinstance(q, Quantized)
-    np.testing.assert_allclose(logits(b, w), logits(b, base), atol=1e-3)
+    np.testing.assert_allclose(logits(b.model, w), logits(b.model, base), atol=1e-3)
     plain, _ = make(folder, parse(FORMS[name]))
     assert m.count(m.split(w, b.labels)[0]) == m.count(m.split(plain.abstract, plain.labels)[0])
 
 
 def test_qlora_is_lora_over_nf4(folder):
     b, w = make(folder, parse({"method": "qlora", "rank": 2, "group": 16}))
-    b2, w2 = make(folder, parse({"rank": 2, "base": "nf4", "group": 16}))
+    _, w2 = make(folder, parse({"rank": 2, "base": "nf4", "group": 16}))
     assert b.method.base == ("nf4", 16)
     jax.tree.map(np.testing.assert_array_equal, w, w2)
-    node = w["layers_0-1"]["mlp"]["down_proj"]["weight"]
-    want = quantize(node.base.codes * 0.0 + 1, -2, "nf4", 16)
-    assert want.kind == node.base.kind == "nf4"
+    assert isinstance(w["layers_0-1"]["mlp"]["down_proj"]["weight"].base, Quantized)
 
 
 def test_bfloat16_starts_exactly(folder):
@@ -185,7 +191,7 @@ def test_lora_plus_is_a_rate_of_b(folder):
         ({"targets": "q_proj", "alpha_pattern": {"k_proj": 3}}, "tuning.alpha_pattern: pattern 'k_proj' matches no"),
         (
             {"dora": True, "targets": "embed"},
-            "tuning.dora is for linear layers, and embed_tokens is an embedding table",
+            "tuning.dora is for linear layers, and embed_tokens is an embedding",
         ),
         ({"form": "vera", "rank_pattern": {"q_proj": 3}}, "tuning.form=vera shares its matrices, so it has one rank"),
         ({"form": "loha", "dropout": 0.1}, "tuning.dropout is not for tuning.form=loha; set it to 0"),
@@ -199,6 +205,11 @@ def test_what_does_not_go_together_is_refused(folder, t, words):
     with pytest.raises(UserError, match="tuning") as e:
         make(folder, parse(t))
     assert words in str(e.value)
+
+
+def test_experts_take_plain_lora():
+    with pytest.raises(UserError, match=r"tuning.dora is for linear layers, and layers/0/mlp/experts/down_proj is exp"):
+        lora.only_linear({"layers/0/self_attn/q_proj", "layers/0/mlp/experts/down_proj"}, "tuning.dora")
 
 
 @pytest.mark.parametrize("t", [{"form": "vera", "dora": True}, {"dora": True, "init": "pissa"}])
