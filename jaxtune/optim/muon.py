@@ -48,5 +48,5 @@ def scale_by_muon(weights: Tree, rest: optax.GradientTransformation) -> optax.Gr
 
 def _sizes(x: Array, numbers: contrib.MuonDimensionNumbers) -> tuple[int, int]:
     """How many numbers go into a matrix and come out of it."""
-    into, out = (prod(x.shape[i] for i in axes) for axes in numbers)  # type: ignore[union-attr]
+    into, out = (prod(x.shape[i] for i in axes) for axes in numbers)
     return into, out
