@@ -149,13 +149,11 @@ def predict(
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed, samples, beams)
     if file == config.DEMO:
         file = str(job.DEMO_FOLDER / "validation.jsonl")
-    given_adapters = adapter or []
-    _dtype(dtype)
-    model: Any = (
-        tuned.open_models(target, given_adapters, dtype)
-        if len(given_adapters) > 1
-        else tuned.open_model(target, *given_adapters, dtype=dtype)
-    )
+    model: tuned.Tuned | dict[str, tuned.Tuned]
+    if adapter is not None and len(adapter) > 1:
+        model = tuned.open_models(target, adapter, _dtype(dtype))
+    else:
+        model = tuned.open_model(target, adapter[0] if adapter else None, _dtype(dtype))
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     given = {"data": {**given.get("data", {}), "train": file}}
     source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})

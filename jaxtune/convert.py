@@ -56,9 +56,10 @@ def write_model(
     for option, value, known in (("--dtype", dtype, list(DTYPES)), ("--to", to, list(FORMS))):
         if value is not None and value not in known:
             raise UserError(f"{option} {value!r} is not known{nearest(value, known)}")
-    weights = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
+    weights: Mapping[str, float] = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
     s = _open(source, weights, None if dtype is None else DTYPES[dtype])
-    places = {Path(p).absolute() for p in (source, *weights, *s.folders) if Path(p).exists()}
+    sources: list[str | Path] = [source, *weights, *s.folders]
+    places = {Path(p).absolute() for p in sources if Path(p).exists()}
     options = [dtype, to, shard_bytes, *sorted(weights.items())]
     about = {"from": [_fingerprint(p, target) for p in sorted(places)], "as": options}
     with files.resumable(target, about) as folder, log.Progress(sum(t.nbytes for t in s.tensors.values())) as bar:
@@ -110,7 +111,7 @@ def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> 
     if llama2c or (not (path / "config.json").exists() and any(path.glob("consolidated.*.pth"))):
         if weights:
             raise UserError(
-                f"{source}: adapters go into model folders; first make one by `jaxtune convert {source} DST`"
+                f"{source}: adapters go into model folders; make one of it first, `jaxtune convert {source} DST`"
             )
         return _foreign((foreign.open_llama2c if llama2c else foreign.open_meta)(path), dtype, source)
     mesh = sharding.make_mesh(config.Mesh())

@@ -94,7 +94,8 @@ def write(
     for name, entry in whole.items():
         tensors[f"{_PREFIX}{known_as[name]}"] = entry
     linear = [m for m in ranks if m not in experts]
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    usual = experts or list(ranks)  # peft warns of patterns that match parameters
+    rank, alpha = (_most_common({m: of[m] for m in usual}) for of in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
