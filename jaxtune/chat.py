@@ -42,8 +42,8 @@ class Chat:
                 self.write(f"[{name}]\n")
                 self._answer(name, [*self.messages, Message("user", rest.strip())])
         elif command:
-            self.messages.append(Message("user", line.strip()))
-            self.messages.append(Message("assistant", self._answer(self.name, self.messages)))
+            asked = [*self.messages, Message("user", line.strip())]
+            self.messages = [*asked, Message("assistant", self._answer(self.name, asked))]
 
     def _answer(self, name: str, messages: list[Message]) -> str:
         pieces = []
