@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtune.tuned import Run, Tuned
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "load", "train"]
+__all__ = ["UserError", "load", "load_several", "train"]
 
 
 def train(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None, **keys: Any) -> Run:
@@ -46,3 +46,15 @@ def load(model: str | Path, adapter: str | None = None, dtype: str = "float32") 
     from jaxtune.tuned import open_model
 
     return open_model(str(model), adapter, dtype)
+
+
+def load_several(model: str | Path, adapters: Sequence[str | Path], dtype: str = "float32") -> dict[str, Tuned]:
+    """Open a base under each of several adapters and under none ("none"), by name; its arrays are held once.
+
+    >>> models = load_several("base", ["runs/sums/export", "runs/poems/export"])  # doctest: +SKIP
+    >>> {name: m.answer("2 + 3 =") for name, m in models.items()}  # doctest: +SKIP
+    {'sums': ' 5', 'poems': ' Two and three,', 'none': ' 2'}
+    """
+    from jaxtune.tuned import open_models
+
+    return open_models(str(model), [str(a) for a in adapters], dtype)

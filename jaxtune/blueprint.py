@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,11 +78,12 @@ def sketch(
     compute_dtype: str,
     remat: str = "none",
     param_dtype: str = "float32",
+    groups: Sequence[int] | None = None,
 ) -> Sketch:
     """Shapes, dtypes and labels; neither files nor devices are looked at. Arguments as of `draw`."""
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
-    groups = tuning.groups(method, one_group, decoder.layers)
+    groups = tuple(groups or tuning.groups(method, one_group, decoder.layers))
     decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
     plain = abstract_weights(decoder) if len(groups) > 1 else one_group
     wrapped = tuning.wrapped_shapes(method, plain)
@@ -102,6 +103,7 @@ def draw(
     vocab: int | None = None,
     multiple: int = 1,
     param_dtype: str = "float32",
+    groups: Sequence[int] | None = None,
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -115,6 +117,8 @@ def draw(
       vocab: how many tokens the model shall have, where that is more than the folder's.
       multiple: the table is padded to a multiple of this.
       param_dtype: of trained weights.
+      groups: how many consecutive layers are scanned together, where that is not as the method asks; those of one group
+        have to be alike in what is wrapped and what trains.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
@@ -122,7 +126,7 @@ def draw(
     decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
-    decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype)
+    decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype, groups)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     mine = stored
     if adapter is not None:
@@ -151,20 +155,41 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not JSON ({e}); copy or download it again") from e
 
 
-def materialise(b: Blueprint, key: jax.Array, base: bool = True) -> Tree:
+def materialise(b: Blueprint, key: jax.Array, base: bool = True, shared: Mapping[str, Tree] | None = None) -> Tree:
     """The `Weight`s with their arrays: those of the files, and the method's own (adapters), made on their devices.
 
     Without `base` the files are not read where that can be, and their weights stay abstract: enough for `full_tensors`.
+    What is in `shared` (see `from_folder`) is not read again.
     """
     beneath = tuning.strip(b.weights)
     if base or b.method.from_base:
-        beneath = load.load(b.tensors, b.plain, b.places, b.decoder.family, _held(b))
+        beneath = _read(b, shared or {})
     leaves, tree = jax.tree_util.tree_flatten_with_path(b.weights, is_leaf=is_weight)
     where = {path_name(p): s for (p, _), s in zip(leaves, jax.tree.leaves(b.shardings), strict=True)}
     made = _own(b, key, unbox(beneath) if b.method.from_base else None, where)
     values = iter(jax.tree.leaves(beneath, is_leaf=is_weight))
     filled = [w.like(made[path_name(p)]) if path_name(p) in made else next(values) for p, w in leaves]
     return jax.tree.unflatten(tree, filled)
+
+
+def _read(b: Blueprint, shared: Mapping[str, Tree]) -> Tree:
+    """The weights beneath the method's nodes: those of `shared`, by path, and the others from their files."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(b.plain, is_leaf=is_weight)
+    found = {path_name(p): (w, place) for (p, w), place in zip(leaves, jax.tree.leaves(b.places), strict=True)}
+    wanted = {n: w for n, (w, _) in found.items() if n not in shared}
+    places = {n: found[n][1] for n in wanted}
+    read = load.load(b.tensors, wanted, places, b.decoder.family, _held(b)) if wanted else {}
+    return jax.tree.unflatten(tree, [shared[n] if n in shared else read[n] for n in found])
+
+
+def from_folder(b: Blueprint, weights: Tree) -> dict[str, Tree]:
+    """Of the folder's model without any adapter, in the groups of `b`: the weights that are `b`'s too, by path.
+
+    What an adapter brings whole, and tables that grow, are not among them.
+    """
+    own = {id(t) for t in b.stored.values()}
+    leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
+    return {path_name(p): w for p, w in leaves if all(id(t) in own for t in b.tensors[path_name(p)])}
 
 
 def _held(b: Blueprint) -> dict[str, load.Held]:
@@ -222,7 +247,8 @@ def full_tensors(
     """The model's tensors under their Hugging Face names: nodes merged, a layer at a time, in the base's own dtypes.
 
     What was not trained is read from the base again, so it comes out bit by bit as it went in, whatever the compute
-    dtype was. With `only_whole` those that trained without a node or grew: what an adapter has to bring along.
+    dtype was. With `only_whole` those that trained without a node or grew, and the biases of those modules: what an
+    adapter has to bring along.
     """
     out: dict[str, files.Entry] = {}
     leaves = jax.tree_util.tree_leaves_with_path(weights, is_leaf=lambda x: is_node(x) or is_weight(x))
@@ -234,7 +260,8 @@ def full_tensors(
         trained = not is_node(w) and labels[name] != FROZEN
         names = layout.hf_names(name, base, b.decoder.family)
         table = "vocab" in base.names
-        if only_whole and not trained and not (table and b.decoder.vocab > b.stored_vocab):
+        beside = name.endswith("/bias") and labels.get(f"{name.removesuffix('bias')}weight", FROZEN) != FROZEN
+        if only_whole and not (trained or beside or (table and b.decoder.vocab > b.stored_vocab)):
             continue
         for hf_name, at, tensor in zip(names, layout.places(base), b.tensors[name], strict=True):
             wanted = tensor.dtype if dtype is None else dtype

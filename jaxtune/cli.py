@@ -35,6 +35,10 @@ Pairs = Annotated[
 ]
 Target = Annotated[str, typer.Argument(help="A run folder, an export, or a model folder in Hugging Face format.")]
 Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter folder to put on the model.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="A PEFT adapter folder to put on the model; several, to compare them."),
+]
 Dtype = Annotated[str, typer.Option(help="Compute in float32 or bfloat16.")]
 
 
@@ -123,7 +127,7 @@ def predict(
     file: Annotated[str, typer.Argument(help="A JSONL or CSV file of prompts, in any of the data formats.")],
     keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="format or columns.")] = None,
     out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows.")] = None,
@@ -138,14 +142,18 @@ def predict(
     beams: Annotated[int, typer.Option(help="Above 1, beam search.")] = 1,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Add the log-probability of each new token.")] = False,
 ) -> None:
-    """Answer every row of a file."""
+    """Answer every row of a file. With several adapters, the answers of each and of none stand side by side."""
     from jaxtune import job, tuned
     from jaxtune.generate import Sampling
 
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed, samples, beams)
     if file == config.DEMO:
         file = str(job.DEMO_FOLDER / "validation.jsonl")
-    model = tuned.open_model(target, adapter, _dtype(dtype))
+    model: tuned.Tuned | dict[str, tuned.Tuned]
+    if adapter is not None and len(adapter) > 1:
+        model = tuned.open_models(target, adapter, _dtype(dtype))
+    else:
+        model = tuned.open_model(target, adapter[0] if adapter else None, _dtype(dtype))
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     given = {"data": {**given.get("data", {}), "train": file}}
     source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
@@ -156,7 +164,7 @@ def predict(
 @app.command()
 def chat(
     target: Target,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     dtype: Dtype = "float32",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: MaxNew = 256,
@@ -167,15 +175,24 @@ def chat(
     stop: Stop = None,
     seed: Seed = 0,
 ) -> None:
-    """Talk to a model. /reset forgets what was said, /exit (or the end of input) leaves."""
+    """Talk to a model: /reset forgets what was said, /exit (or the end of input) leaves.
+
+    Adapters share the base's arrays: /adapters lists them, /adapter NAME (or none) goes on with another, and /compare
+    TEXT shows what each and the base alone would answer.
+    """
     from jaxtune import tuned
-    from jaxtune.data.formats import Message
+    from jaxtune.chat import Chat
     from jaxtune.generate import Sampling
 
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
-    model = tuned.open_model(target, adapter, _dtype(dtype))
-    start = [Message("system", system)] if system else []
-    messages = list(start)
+    _dtype(dtype)
+    models = tuned.open_models(target, adapter, dtype) if adapter else {target: tuned.open_model(target, None, dtype)}
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    talk = Chat(models, system, s, write)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
@@ -183,29 +200,38 @@ def chat(
             break
         if text == "/exit":
             break
-        if text == "/reset":
-            messages = list(start)
-        elif text:
-            messages.append(Message("user", text))
-            answer = ""
-            for piece in model.stream(messages, s):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-                answer += piece
-            log.say()
-            messages.append(Message("assistant", answer))
+        try:
+            talk.read(text)
+        except UserError as e:
+            log.say(str(e))
 
 
 @app.command()
 def merge(
-    target: Annotated[str, typer.Argument(help="A run folder, or a PEFT adapter folder.")],
+    target: Annotated[
+        str, typer.Argument(help="A run folder, a PEFT adapter folder, or the base of the adapters that are given.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
-    adapter: Adapter = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER[=WEIGHT]",
+            help="A PEFT adapter folder, and what its change is multiplied by, 1 where not given; several add up.",
+        ),
+    ] = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write one LoRA adapter, its rank the sum of theirs, instead.")
+    ] = False,
 ) -> None:
     """Write a tuned model as one whole Hugging Face folder, adapters merged into the weights."""
     from jaxtune import convert
+    from jaxtune.hf import several
 
-    convert.write_model(target, out, adapter)
+    weights = several.weighted(adapter or [])
+    if as_adapter:
+        convert.write_adapter(target, out, weights)
+    else:
+        convert.write_model(target, out, weights)
     log.say(f"written to {out}")
 
 

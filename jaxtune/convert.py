@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, log, sharding, tuned
+from jaxtune import blueprint, config, job, log, sharding, tuned
 from jaxtune.errors import UserError, nearest
-from jaxtune.hf import cache, files, foreign, remote, tokenizer
+from jaxtune.hf import adapters, cache, files, foreign, remote, several, tokenizer
 from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
 from jaxtune.nodes import soft_prompt
+from jaxtune.tuning.method import decoder_names
 
 DTYPES: Mapping[str, np.dtype] = {
     "float32": np.dtype("float32"),
@@ -35,7 +36,7 @@ class _Source(NamedTuple):
 def write_model(
     source: str,
     target: Path,
-    adapter: str | None = None,
+    adapter: str | Mapping[str, float] | None = None,
     dtype: str | None = None,
     to: str = "hf",
     shard_bytes: int = files.SHARD_BYTES,
@@ -45,7 +46,7 @@ def write_model(
     Args:
       source: a run, an export, an adapter, a model folder or its cache; llama2.c's `.bin`; a folder of Meta's.
       target: the folder, which appears when it is complete.
-      adapter: a PEFT folder to merge into the source.
+      adapter: a PEFT folder to merge into the source; or several, each with the weight of what it adds.
       dtype: float32, bfloat16 or float16; each tensor's own where not given.
       to: "hf", a Hugging Face folder; "orbax", a cache that a big model starts from in seconds.
       shard_bytes: the largest safetensors file.
@@ -56,9 +57,12 @@ def write_model(
     for option, value, known in (("--dtype", dtype, list(DTYPES)), ("--to", to, list(FORMS))):
         if value is not None and value not in known:
             raise UserError(f"{option} {value!r} is not known{nearest(value, known)}")
-    s = _open(source, adapter, None if dtype is None else DTYPES[dtype])
-    places = {Path(p).absolute() for p in (source, adapter, *s.folders) if p and Path(p).exists()}
-    about = {"from": [_fingerprint(p, target) for p in sorted(places)], "as": [dtype, to, shard_bytes]}
+    weights: Mapping[str, float] = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
+    s = _open(source, weights, None if dtype is None else DTYPES[dtype])
+    sources: list[str | Path] = [source, *weights, *s.folders]
+    places = {Path(p).absolute() for p in sources if Path(p).exists()}
+    options = [dtype, to, shard_bytes, *sorted(weights.items())]
+    about = {"from": [_fingerprint(p, target) for p in sorted(places)], "as": options}
     with files.resumable(target, about) as folder, log.Progress(sum(t.nbytes for t in s.tensors.values())) as bar:
         for place in s.folders:
             mine = files.LICENCE_FILES if place is s.folders[0] else ()
@@ -73,25 +77,57 @@ def write_model(
             files.write_folder(folder, s.tensors, shard_bytes, bar.add, keep=True)
 
 
-def _open(source: str, adapter: str | None, dtype: np.dtype | None) -> _Source:
-    path = Path(source)
-    if path.is_file() and path.suffix == ".bin":
-        return _foreign(foreign.open_llama2c(path), dtype, source)
-    if not (path / "config.json").exists() and any(path.glob("consolidated.*.pth")):
-        return _foreign(foreign.open_meta(path), dtype, source)
+def write_adapter(base: str, target: Path, weights: Mapping[str, float]) -> None:
+    """Write LoRA adapters of one base as one: its product is the weighted sum of theirs, its rank the sum of theirs.
+
+    Args:
+      base: the model folder that they were trained on.
+      target: the folder, which appears when it is complete.
+      weights: PEFT folders, each with the weight of what it adds.
+
+    Raises:
+      UserError: no adapter is given, one cannot be added or does not fit the base, or the target exists.
+    """
+    if not weights:
+        raise UserError("no adapter is given to write as one; give --adapter FOLDER=WEIGHT, once or several times")
+    read = several.Several(weights)
     mesh = sharding.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
-        b, weights, side, template = tuned.open_weights(source, adapter, None, mesh, base=False)
-    if soft_prompt.of(weights) is not None:
+        b = tuned.draw(job.model_folder(base), read, mesh)
+        nodes = blueprint.adapted(b, blueprint.materialise(b, jax.random.key(0), base=False))
+    read.check_all_used()
+    whole = read.replace(b.stored, b.decoder.family, b.decoder.tied)
+    brings = {n: files.Entry(t.shape, t.dtype, t.open) for n, t in whole.items() if t is not b.stored.get(n)}
+    known_as = str(Path(base).absolute()) if Path(base).is_dir() else base
+    with files.whole(target) as folder:
+        files.copy_files(b.folder, folder, files.LICENCE_FILES)
+        words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
+        files.copy_files(job.tokenizer_folder(b.folder, read), folder, words)
+        adapters.write(folder, nodes, decoder_names(b.decoder), known_as, b.decoder.family, brings)
+
+
+def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> _Source:
+    path = Path(source)
+    llama2c = path.is_file() and path.suffix == ".bin"
+    if llama2c or (not (path / "config.json").exists() and any(path.glob("consolidated.*.pth"))):
+        if weights:
+            raise UserError(
+                f"{source}: adapters go into model folders; make one of it first, `jaxtune convert {source} DST`"
+            )
+        return _foreign((foreign.open_llama2c if llama2c else foreign.open_meta)(path), dtype, source)
+    mesh = sharding.make_mesh(config.Mesh())
+    with jax.set_mesh(mesh):
+        b, tree, side, template = tuned.open_weights(source, weights or None, None, mesh, base=False)
+    if soft_prompt.of(tree) is not None:
         raise UserError(
-            f"{adapter or source}: a prompt is no part of the weights, so there is no whole model with it; use it as "
-            "an adapter: `jaxtune chat`, `predict` and `evaluate` take the folder, and so does peft"
+            f"{', '.join(weights) or source}: a prompt is no part of the weights, so there is no whole model with it; "
+            "use it as an adapter: `jaxtune chat`, `predict` and `evaluate` take the folder, and so does peft"
         )
     if any((side / f).exists() for f in tokenizer.FILES):
         tokenizer.check_size(tokenizer.load(side), b.decoder.vocab, str(side))
     made = {} if template is None else {"chat_template.jinja": template.encode()}
     folders = (b.folder,) if side == b.folder else (b.folder, side)
-    return _Source(b.decoder, blueprint.read_config(b.folder), blueprint.full_tensors(b, weights, dtype), folders, made)
+    return _Source(b.decoder, blueprint.read_config(b.folder), blueprint.full_tensors(b, tree, dtype), folders, made)
 
 
 def _foreign(found: foreign.Foreign, dtype: np.dtype | None, place: str) -> _Source:

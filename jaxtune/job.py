@@ -53,6 +53,8 @@ def model_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"model {name}: is a file; give the folder that it lies in, with its config.json beside it")
     if "://" in name:
         return remote.fetch(name.rstrip("/"))
     if name in PRESETS:
@@ -293,7 +295,8 @@ def introduce(job: Job, compiled: Any) -> None:
     mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
     text = slice(b.method.virtual, None)
     log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
-    trains, all_ = tuning_method.count(job.state.trainable), tuning_method.count(b.abstract)
+    base = tuning_method.count(unbox(b.plain))
+    trains, all_ = tuning_method.count(job.state.trainable), base + _added(b)
     filled = data.train.tokens / (len(data.train) * data.train.length)
     per_device = compiled.memory_analysis()
     memory = "not known here"
@@ -303,7 +306,7 @@ def introduce(job: Job, compiled: Any) -> None:
     axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
     log.table(
         [
-            ("model", f"{c.model if c.model == DEMO else b.folder.name}: {all_ - _adapters(b):,} parameters"),
+            ("model", f"{c.model if c.model == DEMO else b.folder.name}: {base:,} parameters"),
             ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
             ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
                        f"remat {c.train.remat}"),
@@ -320,9 +323,9 @@ def introduce(job: Job, compiled: Any) -> None:
     )  # fmt: skip
 
 
-def _adapters(b: Blueprint) -> int:
-    """Parameters that the method added."""
-    return tuning_method.count(b.abstract) - tuning_method.count(unbox(b.plain))
+def _added(b: Blueprint) -> int:
+    """Parameters that the method added. Those of a quantised base are held as fewer numbers, or more."""
+    return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
 
 
 def held(tree: Tree) -> int:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,14 @@ from jaxtune.data import encode, formats
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
-from jaxtune.hf import adapters, soft_prompts, tokenizer
+from jaxtune.hf import adapters, several, soft_prompts, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
+NONE = "none"  # the name of a base without adapters
 
 
 class Run:
@@ -112,7 +114,70 @@ def open_model(
     job.use_compile_cache()
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
-        found = open_weights(target, adapter, dtype, on)
+        return _ready(open_weights(target, adapter, dtype, on), on)
+
+
+def open_models(
+    base: str, folders: Sequence[str], dtype: str = "float32", mesh: config.Mesh | None = None
+) -> dict[str, Tuned]:
+    """A base under each of several adapters and under none (`NONE`, the last), by name, see `names`.
+
+    The base is read once and its arrays are shared; what an adapter brings whole is its own. On CPU each layer is a
+    group, as `Generator` wants it, so nothing is copied there either. Elsewhere layers are grouped as suits all: where
+    the adapters' ranks or targets differ by layer there are more groups, so more is compiled.
+
+    Raises:
+      UserError: the base or an adapter cannot be opened, or an adapter is given twice.
+    """
+    job.use_compile_cache()
+    on = sharding.make_mesh(mesh or config.Mesh())
+    model = job.model_folder(base)
+    read = {name: soft_prompts.open_adapter(Path(f)) for name, f in zip(names(folders), folders, strict=True)}
+    plain = draw(model, None, on, dtype)
+    groups: Sequence[int] = (1,) * plain.decoder.layers
+    if jax.default_backend() != "cpu":
+        groups = _common([draw(model, a, on, dtype).decoder.groups for a in read.values()])
+    plain = draw(model, None, on, dtype, groups)
+    models = {}
+    with jax.set_mesh(on):
+        shared = blueprint.materialise(plain, jax.random.key(0))
+        for name, a in read.items():
+            b = draw(model, a, on, dtype, groups)
+            weights = blueprint.materialise(b, jax.random.key(0), shared=blueprint.from_folder(b, shared))
+            a.check_all_used()
+            models[name] = _ready(Opened(b, weights, job.tokenizer_folder(model, a)), on)
+    return {**models, NONE: _ready(Opened(plain, shared, model), on)}
+
+
+def names(folders: Sequence[str]) -> list[str]:
+    """Names of adapters: the shortest ends of their paths that differ, `export` of runs left out.
+
+    >>> names(["runs/sums/export", "runs/poems/export"]), names(["a/one", "b/one"])
+    (['sums', 'poems'], ['a/one', 'b/one'])
+
+    Raises:
+      UserError: two are the same.
+    """
+    paths = [Path(f).absolute() for f in folders]
+    parts = [(p.parent if p.name == run.EXPORT else p).parts for p in paths]
+    for n in range(1, max(map(len, parts), default=0) + 1):
+        short = ["/".join(p[-n:]) for p in parts]
+        if len({*short, NONE}) > len(short):
+            return short
+    raise UserError(f"--adapter: one of {', '.join(folders)} is given twice; give it once")
+
+
+def _common(plans: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The largest groups of layers that span no two groups of any plan.
+
+    >>> _common([(4, 2), (3, 3)])
+    (3, 1, 2)
+    """
+    ends = sorted({end for plan in plans for end in itertools.accumulate(plan)})
+    return tuple(b - a for a, b in itertools.pairwise([0, *ends]))
+
+
+def _ready(found: "Opened", on: jax.sharding.Mesh) -> Tuned:
     words = tokenizer.load(found.side)
     template = found.template or words.chat_template
     eos = {*tokenizer.eos_ids(found.blueprint.folder, words), *encode.turn_end(words, template)}
@@ -129,9 +194,16 @@ class Opened(NamedTuple):
 
 
 def open_weights(
-    target: str, adapter: str | None, dtype: str | None, mesh: jax.sharding.Mesh, base: bool = True
+    target: str,
+    adapter: str | Mapping[str, float] | None,
+    dtype: str | None,
+    mesh: jax.sharding.Mesh,
+    base: bool = True,
 ) -> Opened:
-    """What `target` names; without `base`, weights that were not trained stay abstract, see `materialise`."""
+    """What `target` names, under an adapter or several with their weights.
+
+    Without `base`, weights that were not trained stay abstract, see `materialise`.
+    """
     folder = Path(target)
     if adapter is None and (folder / run.CONFIG).exists():
         if (folder / run.EXPORT).exists():
@@ -141,21 +213,32 @@ def open_weights(
         adapter = target
         target = soft_prompts.open_adapter(folder).base
     model = job.model_folder(target)
-    read = soft_prompts.open_adapter(Path(adapter)) if adapter is not None else None
-
-    def method(decoder: DecoderConfig) -> tuning_method.Method:
-        frozen = tuning_method.Method(tuning_method.leave, [("", tuning_method.FROZEN)])
-        if read is None:
-            return frozen
-        wrap = read.on(decoder) if isinstance(read, soft_prompts.SoftPrompts) else read.wrap
-        return frozen._replace(wrap=wrap, made=True, virtual=read.virtual)
-
-    b = blueprint.draw(model, method, mesh, dtype or "float32", adapter=read, vocab=read.rows() if read else None)
+    read = several.read(adapter) if adapter is not None else None
+    b = draw(model, read, mesh, dtype or "float32")
     weights = blueprint.materialise(b, jax.random.key(0), base)
     if read is None:
         return Opened(b, weights, model)
     read.check_all_used()
     return Opened(b, weights, job.tokenizer_folder(model, read))
+
+
+def draw(
+    model: Path,
+    read: adapters.Adapter | soft_prompts.SoftPrompts | None,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    groups: Sequence[int] | None = None,
+) -> Blueprint:
+    """The blueprint of a model folder under an adapter, nothing of which trains."""
+
+    def method(decoder: DecoderConfig) -> tuning_method.Method:
+        frozen = tuning_method.Method(tuning_method.leave, [("", tuning_method.FROZEN)])
+        if read is None:
+            return frozen
+        return frozen._replace(wrap=read.on(decoder), made=True, virtual=read.virtual)
+
+    vocab = read.rows() if read else None
+    return blueprint.draw(model, method, mesh, dtype, adapter=read, vocab=vocab, groups=groups)
 
 
 def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
@@ -180,7 +263,7 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
 
 
 def predict(
-    tuned: Tuned,
+    models: Tuned | Mapping[str, Tuned],
     source: config.Source,
     out: Path,
     s: Sampling,
@@ -191,39 +274,60 @@ def predict(
     """Answer every row of a file, to JSONL with `prompt`, `prediction`, `finish` and, where there is one, `reference`.
 
     With `logprobs` also those of each new token. With more than one sample `predictions`, `finish` and `logprobs` are
-    lists, one entry per sample.
+    lists, one entry per sample. With several models `predictions`, `finish` and `logprobs` are maps from their names,
+    and `prompt` is one too where their chat templates differ.
 
     Returns: the number of rows. The file appears when it is complete.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file for the answers")
     examples = formats.read(source, answers=False)
-    pairs: list[tuple[str, str | None]] = []
-    for e in examples:
-        if isinstance(e, formats.Document):
-            pairs.append(((tuned.tokenizer.bos_token or "") + e.text, None))
-        elif tuned.template is not None:
-            pairs.append(encode.prompt_text(e, tuned.tokenizer, tuned.template))
-        elif [m.role for m in e.messages] in (["user"], ["user", "assistant"]):
-            pairs.append((tuned.prompt(e.messages[:1]), e.messages[1].content if len(e.messages) > 1 else None))
-        else:
-            raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
+    named = {"": models} if isinstance(models, Tuned) else models
+    asked = {name: [_pair(m, e) for e in examples] for name, m in named.items()}
+    first, *others = asked.values()
+    alike = all(pairs == first for pairs in others)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("w", encoding="utf-8") as f, jax.set_mesh(tuned.mesh):
-            for i in range(0, len(pairs), batch_size):
-                part = pairs[i : i + batch_size]
-                made = tuned.generator.generate([p for p, _ in part], s)
-                for j, (prompt, reference) in enumerate(part):
-                    row = {"prompt": prompt, **_row(made[j * s.samples : (j + 1) * s.samples], logprobs)}
-                    row |= {} if reference is None else {"reference": reference}
+        with temporary.open("w", encoding="utf-8") as f:
+            for i in range(0, len(examples), batch_size):
+                rows = range(i, min(i + batch_size, len(examples)))
+                made = {n: _generate(m, [asked[n][j][0] for j in rows], s) for n, m in named.items()}
+                for j in rows:
+                    prompt = first[j][0] if alike else {n: pairs[j][0] for n, pairs in asked.items()}
+                    answers = {n: _row(made[n][j - i], logprobs) for n in named}
+                    row = {"prompt": prompt, **(answers[""] if isinstance(models, Tuned) else _beside(answers))}
+                    row |= {} if first[j][1] is None else {"reference": first[j][1]}
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                said(min(i + batch_size, len(pairs)), len(pairs))
+                said(rows.stop, len(examples))
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
-    return len(pairs)
+    return len(examples)
+
+
+def _pair(tuned: Tuned, e: formats.Conversation | formats.Document) -> tuple[str, str | None]:
+    """A row's prompt, as the model was trained to see it, and the answer that the row gives."""
+    if isinstance(e, formats.Document):
+        return (tuned.tokenizer.bos_token or "") + e.text, None
+    if tuned.template is not None:
+        return encode.prompt_text(e, tuned.tokenizer, tuned.template)
+    if [m.role for m in e.messages] in (["user"], ["user", "assistant"]):
+        return tuned.prompt(e.messages[:1]), e.messages[1].content if len(e.messages) > 1 else None
+    raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
+
+
+def _generate(tuned: Tuned, prompts: Sequence[str], s: Sampling) -> list[list[Generation]]:
+    """The samples of each prompt."""
+    with jax.set_mesh(tuned.mesh):
+        made = tuned.generator.generate(prompts, s)
+    return [made[i : i + s.samples] for i in range(0, len(made), s.samples)]
+
+
+def _beside(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The answers of several models to one prompt, column by column."""
+    columns = next(iter(answers.values()))
+    return {("predictions" if k == "prediction" else k): {n: a[k] for n, a in answers.items()} for k in columns}
 
 
 def _row(made: Sequence[Generation], logprobs: bool) -> dict[str, Any]:

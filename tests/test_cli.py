@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,15 @@ def chatty(tmp_path_factory):
 def done(chatty, sums_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "r"
     call("train", f"model={chatty}", f"data.train={sums_file}", "data.validation=6", f"output={out}", *QUICK)
+    return out
+
+
+@pytest.fixture(scope="module")
+def another(chatty, sums_file, tmp_path_factory):
+    """A second adapter on the same base, of other targets."""
+    out = tmp_path_factory.mktemp("run") / "another"
+    own = ["tuning.targets=q_proj", "tuning.rank=2", "optim.learning_rate=0.1"]
+    call("train", f"model={chatty}", f"data.train={sums_file}", f"output={out}", *QUICK, *own)
     return out
 
 
@@ -97,6 +107,77 @@ def test_chat(done, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_chat_with_adapters(done, another, chatty, monkeypatch, capsys):
+    lines = ["/adapters", "1 + 1 =", "/adapter none", "/adapter nobody", "/compare 2 + 2 =", "/compare", "3 + 3 ="]
+    script = iter([*lines, "/adapters"])
+    told = []
+
+    def read(prompt):
+        told.append(capsys.readouterr().out)
+        if (line := next(script, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    adapters = [x for folder in (done, another) for x in ("--adapter", folder / "export")]
+    call("chat", chatty, *adapters, "--max-new-tokens", 4, "--temperature", 0)
+    said = dict(zip(lines, told[1:], strict=False))
+    assert said["/adapters"] == "* r\n  another\n  none\n"
+    assert said["/adapter nobody"] == "/adapter nobody: no adapter of this name; allowed: another, none, r\n"
+    assert "has no text" in said["/compare"]
+    assert re.findall(r"^\[(.*)\]$", said["/compare 2 + 2 ="], re.M) == ["r", "another", "none"]
+    assert told[-1] == "  r\n  another\n* none\n"
+
+
+def test_predict_with_adapters(done, another, chatty, sums_file, tmp_path):
+    """Each answers as it does alone."""
+    options = ["--max-new-tokens", 5, "--max-samples", 3, "--logprobs"]
+    rows = {}
+    for name, folders in {"r": [done], "another": [another], "none": [], "all": [done, another]}.items():
+        adapters = [x for f in folders for x in ("--adapter", f / "export")]
+        call("predict", chatty, sums_file, "--out", tmp_path / name, *options, *adapters)
+        rows[name] = [json.loads(x) for x in (tmp_path / name).read_text().splitlines()]
+    for i, row in enumerate(rows.pop("all")):
+        assert set(row) == {"prompt", "predictions", "finish", "logprobs", "reference"}
+        assert list(row["predictions"]) == ["r", "another", "none"]
+        for name, alone in rows.items():
+            assert row["prompt"] == alone[i]["prompt"]
+            assert row["predictions"][name] == alone[i]["prediction"]
+            assert row["finish"][name] == alone[i]["finish"]
+            assert row["logprobs"][name] == pytest.approx(alone[i]["logprobs"], abs=1e-4)
+
+
+def test_prompts_of_adapters_with_templates_of_their_own(done, another, chatty, sums_file, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(another / "export", own)
+    (own / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %} ->")
+    models = jaxtune.load_several(chatty, [done / "export", own])
+    assert models["own"].template != models["r"].template
+    call(
+        "predict", chatty, sums_file, "--adapter", done / "export", "--adapter", own, "--max-new-tokens", 5,
+        "--max-samples", 3, "--out", tmp_path / "p",
+    )  # fmt: skip
+    row = json.loads((tmp_path / "p").read_text().splitlines()[0])
+    assert row["prompt"]["own"] == "0 + 0 = ->"
+    assert row["prompt"]["r"] == row["prompt"]["none"] == "<s>Question: 0 + 0 =\nAnswer:"
+    assert list(row["predictions"]) == ["r", "own", "none"]
+
+
+def test_merge_several(done, another, chatty, tmp_path, capsys):
+    adapters = ["--adapter", done / "export", "--adapter", f"{another / 'export'}=0.5"]
+    call("merge", chatty, tmp_path / "merged", *adapters)
+    call("merge", chatty, tmp_path / "sum", *adapters, "--as-adapter")
+    merged, summed = (jaxtune.load(tmp_path / f).answer("1 + 1 =", max_new_tokens=6) for f in ("merged", "sum"))
+    assert merged == summed
+    capsys.readouterr()
+    call("merge", chatty, tmp_path / "sum", *adapters, "--as-adapter", code=2)
+    assert "exists and is not empty" in capsys.readouterr().err
+    call("merge", chatty, tmp_path / "x", "--adapter", f"{done / 'export'}=much", code=2)
+    assert "'much' is no weight" in capsys.readouterr().err
+    call("chat", chatty, "--adapter", done / "export", "--adapter", done / "export", code=2)
+    assert "is given twice" in capsys.readouterr().err
+
+
 def test_merge_and_convert(done, chatty, tmp_path, capsys):
     call("merge", done, tmp_path / "merged")
     call("convert", tmp_path / "merged", tmp_path / "half", "--dtype", "bfloat16")
@@ -107,6 +188,8 @@ def test_merge_and_convert(done, chatty, tmp_path, capsys):
     capsys.readouterr()
     call("merge", done, tmp_path / "merged", code=2)
     assert "exists and is not empty" in capsys.readouterr().err
+    call("convert", tmp_path / "merged" / "model.safetensors", tmp_path / "x", code=2)
+    assert "model.safetensors: is a file; give the folder that it lies in" in capsys.readouterr().err
 
 
 def test_validate_touches_nothing(chatty, sums_file, tmp_path, capsys):
@@ -197,8 +280,6 @@ def test_python_is_the_same_path(chatty, sums_file, tmp_path):
 
 
 def test_a_run_of_relative_paths_opens_from_elsewhere_without_its_export(chatty, sums_file, tmp_path, monkeypatch):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(sums_file, "here.jsonl")
     call("train", f"model={os.path.relpath(chatty)}", "data.train=here.jsonl", "output=r", *QUICK)
@@ -210,8 +291,6 @@ def test_a_run_of_relative_paths_opens_from_elsewhere_without_its_export(chatty,
 
 
 def test_the_template_that_was_trained_with_goes_along(chatty, sums_file, tmp_path):
-    import shutil
-
     from jaxtune.data.templates import TEMPLATES
 
     call("train", f"model={chatty}", f"data.train={sums_file}", "data.template=roles", f"output={tmp_path}/r", *QUICK)

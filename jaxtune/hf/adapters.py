@@ -3,15 +3,15 @@
 peft's layout, under `base_model.model.<module>`: `lora_A` is `(r, in)`, `lora_B` is `(out, r)`; of an embedding
 `lora_embedding_A` is `(r, vocab)`, `lora_embedding_B` `(embed, r)`. Experts are parameters rather than modules
 (`target_parameters`): A is `(experts · r, in)` and B `(out, r · experts)`, and of two parameters of one module the
-first lies under `base_layer`. What trained whole (`modules_to_save`) is there under its own name. DoRA, AdaLoRA, IA³,
-VeRA, LoHa and LoKr: see `adapter_kinds`.
+first lies under `base_layer`. What trained whole (`modules_to_save`) is there under its own name, and the bias of such
+a module too, for peft saves and wants the whole module. DoRA, AdaLoRA, IA³, VeRA, LoHa and LoKr: see `adapter_kinds`.
 """
 
 import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf import adapter_kinds as kinds
 from jaxtune.hf import files, layout
 from jaxtune.layers import Weight, plain_names
+from jaxtune.models.decoder import DecoderConfig
 from jaxtune.nodes.dora import DoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,7 +59,8 @@ def write(
 ) -> None:
     """Write nodes of one kind, by path and with the weights that they stand upon, as an adapter of `base` for peft.
 
-    `names` are the plain names of all weights, `whole` the Hugging Face tensors of what trained without an adapter.
+    `names` are the plain names of all weights, `whole` the Hugging Face tensors of what trained without an adapter, and
+    of the biases beside.
     Ranks and alphas come from the nodes.
     """
     tensors: dict[str, files.Entry] = {}
@@ -99,14 +101,15 @@ def write(
                 key = f"{_PREFIX}{module.rsplit('.', 1)[0]}{'.base_layer' if inner else ''}"
                 add(f"{key}.lora_A.weight", a_EIr.transpose(0, 2, 1).reshape(-1, a_EIr.shape[1]))
                 add(f"{key}.lora_B.weight", b_ErO.transpose(2, 1, 0).reshape(b_ErO.shape[2], -1))
-    plain_rule = {layout.hf_name(p, family): _module(p) for p in names}
+    known_as = {layout.hf_name(p, family): layout.hf_name(p, "llama") for p in names}
     for name, entry in whole.items():
-        tensors[f"{_PREFIX}{plain_rule[name]}.weight"] = entry
+        tensors[f"{_PREFIX}{known_as[name]}"] = entry
     if kind == "VERA":
         for name, array in kinds.shared(list(nodes.values())).items():
             add(name, array)
     linear = [m for m in ranks if m not in experts]
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    usual = experts or list(ranks)  # peft warns of patterns that match parameters
+    rank, alpha = (_most_common({m: of[m] for m in usual}) for of in (ranks, alphas))
     patterns = {
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
@@ -137,7 +140,7 @@ def write(
         "base_model_name_or_path": base,
         "revision": None,
         "target_modules": targets,
-        "modules_to_save": [plain_rule[n] for n in whole] or None,
+        "modules_to_save": list(dict.fromkeys(known_as[n].rsplit(".", 1)[0] for n in whole)) or None,
         "inference_mode": True,
         **own[kind],
     }
@@ -184,18 +187,18 @@ class Adapter:
             )
         self.folder = folder
         self._factors: dict[str, dict[str, files.Tensor]] = {}
-        self._whole: dict[str, files.Tensor] = {}
+        self._whole: dict[str, files.Tensor] = {}  # by transformers' own names
         self._shared: dict[str, files.Tensor] = {}
         names = kinds.TENSORS[self.kind]
         for name, t in files.read_header(folder / WEIGHTS).items():
             if self.kind == "VERA" and name in kinds.SHARED.values():
                 self._shared[name] = t
                 continue
-            kind = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)\.(?:({'|'.join(names)})(?:\.weight)?|weight)", name)
+            kind = re.fullmatch(rf"{re.escape(_PREFIX)}(.+?)\.(?:({'|'.join(names)})(?:\.weight)?|(weight|bias))", name)
             if kind is None:
                 raise UserError(f"{folder / WEIGHTS}: tensor {name!r} is not of an adapter of type {self.kind}")
             if kind[2] is None:
-                self._whole[kind[1].removesuffix(".base_layer")] = t
+                self._whole[f"{kind[1].removesuffix('.base_layer')}.{kind[3]}"] = t
             else:
                 self._factors.setdefault(self._parameter(kind[1]), {})[names[kind[2]]] = t
         if self.kind == "VERA" and len(self._shared) < 2:
@@ -225,7 +228,7 @@ class Adapter:
 
     def trained_whole(self, plain: str) -> bool:
         """Whether the adapter brings this weight whole."""
-        return plain.endswith("/weight") and _module(plain) in self._whole
+        return plain.endswith("/weight") and layout.hf_name(plain, "llama") in self._whole
 
     def replace(self, tensors: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
         """A base model's tensors with those in their places that the adapter brings whole.
@@ -234,19 +237,18 @@ class Adapter:
           UserError: the base has no such tensor.
         """
         out = dict(tensors)
-        for module, t in self._whole.items():
-            plain = f"{module.removeprefix('model.')}.weight"
-            name = plain if module == "lm_head" else layout.hf_name(plain.replace(".", "/"), family)
+        for theirs, t in self._whole.items():
+            name = layout.hf_name(theirs.removeprefix("model.").replace(".", "/"), family)
             if name not in out and name not in (layout.EMBED, layout.HEAD):
-                raise UserError(f"{self.folder}: brings {module}, which the model lacks")
-            if tied and name == layout.EMBED and "lm_head" not in self._whole:  # the base may hold it as the head
+                raise UserError(f"{self.folder}: brings {theirs}, which the model lacks")
+            if tied and name == layout.EMBED and layout.HEAD not in self._whole:  # the base may hold it as the head
                 out.pop(layout.HEAD, None)
             out[name] = t
         return out
 
     def rows(self) -> int | None:
         """How many tokens the embedding table that it brings has, if it brings one."""
-        t = self._whole.get(_module("embed_tokens/weight"))
+        t = self._whole.get(layout.hf_name("embed_tokens/weight", "llama"))
         return None if t is None else t.shape[0]
 
     def _scale(self, module: str) -> float:
@@ -290,6 +292,10 @@ class Adapter:
         except (KeyError, ValueError) as e:
             shape = layout.hf_shape(w)
             raise UserError(f"{self.folder}: the adapter of {modules[0]} does not fit its weight {list(shape)}") from e
+
+    def on(self, decoder: DecoderConfig) -> Callable[[str, Weight, Any], Any]:
+        """How it wraps a decoder's weights."""
+        return self.wrap
 
     def check_all_used(self) -> None:
         """Raises: UserError: the adapter names modules that the model does not have."""

@@ -47,7 +47,7 @@ def method(tuning: Lora, decoder: DecoderConfig, training: Training) -> Method:
     names = [n for n in every if targetable(n) or (n.startswith("embed_tokens") and not decoder.tied)]
     covering(patterns, [n.removesuffix(_WEIGHT) for n in names], "tuning.targets")
     whole = named(tuning.train, decoder.tied)
-    covering(whole, [n for n in every if n.endswith(_WEIGHT)], "tuning.train")
+    covering(whole, [n for n in every if n.endswith(_WEIGHT) or "/experts/" in n], "tuning.train")
     if taken := [n for n in every if "/experts/" in n and any(re.search(p, n) for p in whole)]:
         raise UserError(
             f"tuning.train matches {taken[0]}: PEFT cannot hold experts that train whole; narrow the pattern, or adapt "

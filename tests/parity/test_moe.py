@@ -14,6 +14,7 @@ import transformers
 
 from jaxtune import blueprint, convert, log, run
 from jaxtune import job as jobs
+from jaxtune.errors import UserError
 from jaxtune.hf import files, load
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuned import open_model
@@ -172,3 +173,11 @@ def test_an_expert_axis_changes_nothing(tmp_path, sums_file):
 
 def losses(folder):
     return [m["loss"] for m in log.read_metrics(folder / "metrics.jsonl") if "loss" in m]
+
+
+@pytest.mark.parametrize("pattern", ["layers/2/", "experts/down_proj"])
+def test_experts_that_would_train_whole_are_refused(tmp_path, sums_file, pattern):
+    write(tmp_path / "m", "mixtral")
+    t = {"method": "lora", "train": [pattern]}
+    with pytest.raises(UserError, match=r"tuning\.train matches layers/\d/mlp/experts/\w+: PEFT cannot hold experts"):
+        jobs.prepare(make_config(tmp_path / "m", sums_file, tmp_path / "r", tuning=t))

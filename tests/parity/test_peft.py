@@ -1,6 +1,7 @@
 """Steps, adapters and exports beside torch, transformers and peft."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -13,11 +14,12 @@ from jaxtune import blueprint, convert, run, tuned
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.errors import UserError
-from jaxtune.hf import adapters
+from jaxtune.hf import adapters, files
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuned import open_model
 from jaxtune.tuning import method as m
+from tests.parity.families import write
 from tests.tiny import make_config, write_tiny
 
 ROOT = {"lora": {"method": "lora", "rank": 4, "alpha": 8.0}, "full": {"method": "full"}}
@@ -194,3 +196,37 @@ def test_patterns_of_ranks_are_pefts():
     both = {"q_proj|k_proj": 3}
     assert adapters._by_pattern(both, "model.layers.0.self_attn.k_proj", 1) == 3
     assert adapters._by_pattern(both, "model.layers.0.self_attn.q_proj_x", 1) == 1
+
+
+def test_modules_with_biases_train_whole_without_them(tmp_path, sums_file):
+    """The biases stay as they are, and go along for peft, which wants the whole module."""
+    base = write(tmp_path / "m", "qwen2")
+    t = {"method": "lora", "rank": 2, "targets": ["up_proj"], "train": ["q_proj|k_proj"]}
+    out = run.train(make_config(tmp_path / "m", sums_file, tmp_path / "r", tuning=t))
+    c = json.loads((out / "export/adapter_config.json").read_text())
+    assert len(c["modules_to_save"]) == 6
+    brought = files.read_header(out / "export/adapter_model.safetensors")
+    before = base.state_dict()
+    for n in [x.removesuffix(".weight") for x in before if re.search(r"[qk]_proj.weight", x)]:
+        weight, bias = (brought[f"base_model.model.{n}.{part}"].open() for part in ("weight", "bias"))
+        assert np.abs(weight - before[f"{n}.weight"].numpy()).max() > 1e-4
+        np.testing.assert_array_equal(bias, before[f"{n}.bias"])
+    ids = IDS % 300
+    opened = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32), out / "export"
+    )
+    np.testing.assert_allclose(our_logits(open_model(str(out)), ids), torch_logits(opened, ids), atol=1e-4, rtol=1e-4)
+
+
+def test_biases_that_peft_trained_are_read(tmp_path):
+    model = write(tmp_path / "m", "qwen2")
+    c = peft.LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["v_proj"], task_type="CAUSAL_LM")
+    tuned_ = peft.get_peft_model(model, c)
+    with torch.no_grad():
+        for n, p in tuned_.named_parameters():
+            if "modules_to_save" in n:
+                p.add_(torch.randn_like(p) * 0.1)
+    tuned_.save_pretrained(tmp_path / "a")
+    ids = IDS % 300
+    opened = open_model(str(tmp_path / "m"), str(tmp_path / "a"))
+    np.testing.assert_allclose(our_logits(opened, ids), torch_logits(tuned_, ids), atol=1e-4, rtol=1e-4)

@@ -13,8 +13,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tools.bench.turns import take_turns, work
 
 BATCH, PROMPT, NEW, VOCAB = 8, 64, 128, 8192
 
@@ -86,43 +86,23 @@ CONTENDERS = {"jaxtune": jaxtune, "transformers": transformers}
 
 
 def worker(name: str, folder: Path) -> None:
-    """Generate whenever asked on standard input; answer with seconds and a sum of the tokens."""
+    """Generate whenever asked; answer with seconds and a sum of the tokens."""
     one = CONTENDERS[name](folder)
-    one(), one()
-    print("ready", flush=True)
-    for _ in sys.stdin:
+
+    def answer(_: str) -> str:
         began = time.perf_counter()
         tokens = one()
-        print(f"{time.perf_counter() - began} {sum(map(sum, tokens))}", flush=True)
+        return f"{time.perf_counter() - began} {sum(map(sum, tokens))}"
+
+    work(one, answer)
 
 
 def race(folder: Path, rounds: int) -> dict[str, float]:
     """Median seconds a call of each contender, taking turns; all must give the same tokens."""
-    command = [sys.executable, "-m", "tools.bench.decode", "--worker"]
-    children: dict[str, Any] = {
-        n: subprocess.Popen([*command, n, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for n in CONTENDERS
-    }
-    for name, child in children.items():
-        while (line := child.stdout.readline()) and line.strip() != "ready":
-            pass
-        if not line:
-            raise SystemExit(f"{name} ended before it was ready")
-    times: dict[str, list[float]] = {n: [] for n in CONTENDERS}
-    sums: set[str] = set()
-    for _ in range(rounds):
-        for name, child in children.items():
-            time.sleep(0.3)  # let the others' thread pools go to sleep
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            seconds, total = child.stdout.readline().split()
-            times[name].append(float(seconds))
-            sums.add(total)
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
+    answers = take_turns("tools.bench.decode", {n: [n, folder] for n in CONTENDERS}, rounds)
+    sums = {total for a in answers.values() for _, total in a}
     print(f"the tokens are {'the same' if len(sums) == 1 else 'NOT the same'}")
-    return {n: statistics.median(t) for n, t in times.items()}
+    return {n: statistics.median(float(t) for t, _ in a) for n, a in answers.items()}
 
 
 def main() -> None:

@@ -20,49 +20,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from tools.bench import flops
 from tools.bench.contenders import BATCH, CONTENDERS, LENGTH, write_inputs
+from tools.bench.turns import take_turns, work
 
 
 def worker(name: str, folder: Path, method: str) -> None:
-    """Take steps whenever asked on standard input; answer with seconds."""
+    """Take as many steps as are asked for; answer with seconds a step and peak MiB."""
     one = CONTENDERS[name](folder, method)
-    one(), one()
-    print("ready", flush=True)
-    for line in sys.stdin:
+
+    def answer(line: str) -> str:
         began = time.perf_counter()
         for _ in range(int(line)):
             one()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{(time.perf_counter() - began) / int(line)} {peak}", flush=True)
+        return f"{(time.perf_counter() - began) / int(line)} {peak}"
+
+    work(one, answer)
 
 
 def race(folder: Path, method: str, names: list[str], rounds: int, steps: int) -> dict[str, tuple[float, float]]:
     """Median seconds a step, and peak MiB, of each contender, taking turns."""
-    children: dict[str, Any] = {}
-    for name in names:
-        command = [sys.executable, "-m", "tools.bench.step", "--worker", name, method, str(folder)]
-        children[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    times: dict[str, list[float]] = {n: [] for n in names}
-    peaks = dict.fromkeys(names, 0.0)
-    for name, child in children.items():
-        while (line := child.stdout.readline()) and line.strip() != "ready":
-            pass
-        if not line:
-            raise SystemExit(f"{name} ended before it was ready")
-    for _ in range(rounds):
-        for name, child in children.items():
-            time.sleep(0.3)  # let the others' thread pools go to sleep
-            child.stdin.write(f"{steps}\n")
-            child.stdin.flush()
-            seconds, peaks[name] = (float(x) for x in child.stdout.readline().split())
-            times[name].append(seconds)
-    for child in children.values():
-        child.stdin.close()
-        child.wait()
-    return {n: (statistics.median(times[n]), peaks[n]) for n in names}
+    answers = take_turns("tools.bench.step", {n: [n, method, folder] for n in names}, rounds, str(steps))
+    return {n: (statistics.median(float(t) for t, _ in a), float(a[-1][1])) for n, a in answers.items()}
 
 
 def first_step(folder: Path, method: str, cache: Path) -> float:
