@@ -20,7 +20,7 @@ from tests.tiny import make_config, write_tiny
 
 RANK = st.integers(1, 4)
 BASE = st.sampled_from([None, None, "nf4", "int8"])
-TARGETS = st.sampled_from(["all-linear", ["q_proj", "down_proj"], [r"layers/[12]/"]])
+TARGETS = st.sampled_from(["all-linear", ["q_proj", "down_proj"], [r"layers/1/"]])
 LORA = {"method": st.just("lora"), "rank": RANK, "targets": TARGETS, "base": BASE}
 
 # name -> settings, and whether the wrapped model is the base model at first
@@ -39,7 +39,7 @@ METHODS = {
     "qlora": ({**LORA, "method": st.just("qlora"), "base": st.sampled_from(["nf4", "int4", "fp8"])}, True),
     "adalora": ({"method": st.just("adalora"), "init_rank": st.just(4), "rank": RANK, "base": BASE,
                  "every": st.just(1)}, True),
-    "lisa": ({"method": st.just("lisa"), "layers": st.integers(1, 2), "every": st.integers(1, 3),
+    "lisa": ({"method": st.just("lisa"), "layers": st.just(1), "every": st.integers(1, 3),
               "draw": st.sampled_from(["uniform", "importance"])}, True),
     "gradient_select": ({"method": st.just("gradient_select"), "budget": st.floats(0.1, 0.6), "warmup": st.just(1),
                          "every": st.integers(1, 2), "score": st.sampled_from(["fisher", "norm", "taylor"])}, True),
@@ -56,7 +56,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("every") / "m", layers=3, tied=False)
+    return write_tiny(tmp_path_factory.mktemp("every") / "m", layers=2, tied=False)
 
 
 def logits(j, weights):
@@ -64,7 +64,7 @@ def logits(j, weights):
     batch = {"ids_BT": ids, "segment_BT": jnp.ones_like(ids)}
     batch["position_BT"] = jnp.broadcast_to(jnp.arange(12), ids.shape)
     with jax.set_mesh(j.mesh):
-        return job.apply_of(j.blueprint)(weights, batch).logits()
+        return jax.jit(lambda w: job.apply_of(j.blueprint)(w, batch).logits())(weights)
 
 
 def start(j):
@@ -82,7 +82,7 @@ def plain(t):
 
 @pytest.mark.parametrize("name", METHODS)
 @given(data=st.data(), accumulation=st.sampled_from([1, 2]), remat=st.sampled_from(["none", "full"]))
-@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data, accumulation, remat):
     strategies, same_at_first = METHODS[name]
     t = {k: data.draw(s, k) for k, s in strategies.items()}
