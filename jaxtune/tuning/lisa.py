@@ -26,7 +26,7 @@ def method(tuning: Lisa, decoder: DecoderConfig, training: Training) -> Method:
     Raises:
       UserError: a pattern matches nothing, there are fewer layers, or the optimiser cannot follow.
     """
-    blocks.check("lisa", training)
+    blocks.check("lisa", training, decoder)
     patterns, names = named(tuning.train, decoder.tied), decoder_names(decoder)
     covering(patterns, names, "tuning.train")
     rest = [n for n in names if n.startswith("layers/") and not any(re.search(p, n) for p in patterns)]

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtune import allocation, log, optim, run, sharding, tuning
-from jaxtune.config import AdaLora, GradientSelect, Lisa, Mesh, Optim
+from jaxtune import allocation, log, run, sharding, tuning
+from jaxtune.config import AdaLora, GradientSelect, Group, Lisa, Mesh, Optim
 from jaxtune.errors import UserError
 from jaxtune.hf import files
 from jaxtune.nodes.adalora import AdaLoRA
@@ -47,9 +47,9 @@ def trainable(tree, method):
     return tuning.method.split(tree, labels)[0]
 
 
-def stepped(method, params, grads, o=PLAIN):
+def stepped(method, params, grads):
     """Weights and optimiser state after each gradient."""
-    tx = method.around(optim.make(o, len(grads)))
+    tx = method.around(optax.adam(0.01))
     state = tx.init(params)
 
     @jax.jit
@@ -130,7 +130,7 @@ def test_only_slots_have_masters_and_optimiser_state():
     rng = np.random.default_rng(0)
     method = lisa.method(Lisa(method="lisa", layers=1, train=["embeddings"]), DECODER, Training(STEPS, PLAIN))
     params = trainable(weights(rng), method)
-    state = jax.eval_shape(method.around(optim.make(PLAIN, STEPS)).init, params)
+    state = jax.eval_shape(method.around(optax.adam(0.01)).init, params)
     numbers = sum(x[0].size for x in jax.tree.leaves(params["layers_0-3"]))
     floats = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.dtype == jnp.float32)
     assert floats == 4 * (2 * params["embed_tokens"]["weight"].size + 3 * numbers + L)
@@ -434,11 +434,11 @@ def test_masters_lie_as_their_weights_do():
     method = lisa.method(Lisa(method="lisa", layers=1, train=["embeddings"]), DECODER, Training(STEPS, PLAIN))
     params = trainable(weights(np.random.default_rng(0)), method)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
-    state = sharding.optimiser_shardings(method.around(optim.make(PLAIN, STEPS)), params, mesh)
+    state = sharding.optimiser_shardings(method.around(optax.adam(0.01)), params, mesh)
     path = "layers_0-3/mlp/up_proj/weight"
     assert state.masters[path] == where
     assert state.layers[path] == sharding.replicated(mesh)
-    assert state.inner[1].nu["layers_0-3"]["mlp"]["up_proj"]["weight"] == where
+    assert state.inner[0].nu["layers_0-3"]["mlp"]["up_proj"]["weight"] == where
 
 
 @pytest.mark.parametrize(
@@ -448,6 +448,7 @@ def test_masters_lie_as_their_weights_do():
         (Lisa(method="lisa", train=["nope"]), {}, "tuning.train: pattern 'nope' matches no weight"),
         (Lisa(method="lisa"), {"name": "adafactor"}, "tuning.method=lisa with optim.name=adafactor is not supported"),
         (Lisa(method="lisa"), {"layer_decay": 0.9}, "optim.layer_decay is not supported"),
+        (Lisa(method="lisa"), {"groups": [Group(match="layers/1/")]}, "optim.groups: 'layers/1/' tells layers apart"),
         (GradientSelect(method="gradient_select", budget=0.001), {}, "holds no matrix; raise it to 0.0"),
         (GradientSelect(method="gradient_select", train=["layers/"]), {}, "none is left to choose"),
         (AdaLora(method="adalora", warmup=5, final=4), {}, "leave no step of 9 in which ranks shrink"),
@@ -459,6 +460,11 @@ def test_what_cannot_be_is_refused(t, o, words):
     with pytest.raises(UserError, match="tuning") as e:
         tuning.make(t, DECODER, Training(STEPS, PLAIN.model_copy(update=o)))
     assert words in str(e.value)
+
+
+def test_groups_that_hold_for_all_layers_go_along():
+    o = PLAIN.model_copy(update={"groups": [Group(match="embeddings"), Group(match="q_proj|mlp")]})
+    assert tuning.make(Lisa(method="lisa"), DECODER, Training(STEPS, o)).choice is not None
 
 
 def test_experts_are_refused():
