@@ -322,10 +322,9 @@ def deep(tmp_path_factory):
 
 
 def settings(model, data, out, name, **more):
-    return make_config(
-        model, data, out, tuning=RUNS[name], train__steps=STEPS, train__accumulation=2, checkpoint__every=4,
-        train__remat="dots" if name == "gradient_select" else "none", **more,
-    )  # fmt: skip
+    remat = "dots" if name == "gradient_select" else "none"
+    given = {"train__steps": STEPS, "train__accumulation": 2, "checkpoint__every": 4, "train__remat": remat}
+    return make_config(model, data, out, tuning=RUNS[name], **{**given, **more})
 
 
 @pytest.fixture(scope="module")
@@ -412,9 +411,10 @@ import jax
 from jaxtune import run
 from tests.tuning.test_adaptive import RUNS, settings
 assert jax.device_count() == 8
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 model, data, out = (Path(a) for a in sys.argv[1:4])
 for name in RUNS.keys() - {'lisa'}:
-    run.train(settings(model, data, out / name, name, mesh={"data": 2, "fsdp": 2, "tensor": 2}))
+    run.train(settings(model, data, out / name, name, mesh=MESH, train__accumulation=1, train__remat="none"))
 """
 
 
