@@ -7,6 +7,7 @@ that of the slots.
 Dimensions: L layers of a stacked weight, S its slots.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ import optax
 from jaxtune.config import Optim
 from jaxtune.errors import UserError
 from jaxtune.layers import plain_names
-from jaxtune.tuning.method import CHOSEN, Method, Training, label, leave
+from jaxtune.models.decoder import DecoderConfig
+from jaxtune.tuning.method import CHOSEN, Method, Training, covering, decoder_names, label, leave, named
 from jaxtune.weights import Array, owner, path_name
 
 Tree = Any
@@ -59,7 +61,7 @@ class BlockState(NamedTuple):
     first: Stacks  # [S, …], the layers as they were chosen, in the weight's dtype; without `measure` empty
 
 
-def check(method: str, training: Training) -> None:
+def check(method: str, training: Training, decoder: DecoderConfig) -> None:
     """Raises: UserError: the optimiser has no state, or settings, that can follow single layers."""
     o = training.optim
     if o.name not in _OPTIMISERS:
@@ -67,11 +69,19 @@ def check(method: str, training: Training) -> None:
             f"tuning.method={method} with optim.name={o.name} is not supported: its state cannot begin anew for single "
             f"layers; take one of {', '.join(_OPTIMISERS)}"
         )
-    for key, given in (("groups", bool(o.groups)), ("layer_decay", o.layer_decay != 1)):
-        if given:
+    if o.layer_decay != 1:
+        raise UserError(
+            f"tuning.method={method} with optim.layer_decay is not supported: a slot holds one layer after another; "
+            "leave it out"
+        )
+    names, patterns = decoder_names(decoder), named([g.match for g in o.groups], decoder.tied)
+    covering(patterns, names, "optim.groups")
+    for pattern in patterns:
+        hit = [n for n in names if n.startswith("layers/") and re.search(pattern, n)]
+        if len(hit) != decoder.layers * len({n.split("/", 2)[2] for n in hit}):
             raise UserError(
-                f"tuning.method={method} with optim.{key} is not supported: a slot holds one layer after another; "
-                "leave it out"
+                f"optim.groups: {pattern!r} tells layers apart, which tuning.method={method} cannot: a slot holds one "
+                "layer after another; match all layers or none"
             )
 
 

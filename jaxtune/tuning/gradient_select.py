@@ -35,7 +35,7 @@ def method(tuning: GradientSelect, decoder: DecoderConfig, training: Training) -
     Raises:
       UserError: a pattern matches nothing, the budget holds no matrix, or the optimiser cannot follow.
     """
-    blocks.check("gradient_select", training)
+    blocks.check("gradient_select", training, decoder)
     patterns, names = named(tuning.train, decoder.tied), decoder_names(decoder)
     covering(patterns, names, "tuning.train")
     units = {n for n in names if n.startswith("layers/") and targetable(n)}

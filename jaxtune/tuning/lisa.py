@@ -26,7 +26,7 @@ def method(tuning: Lisa, decoder: DecoderConfig, training: Training) -> Method:
     Raises:
       UserError: a pattern matches nothing, there are fewer layers, or the optimiser cannot follow.
     """
-    blocks.check("lisa", training)
+    blocks.check("lisa", training, decoder)
     patterns, names = named(tuning.train, decoder.tied), decoder_names(decoder)
     covering(patterns, names, "tuning.train")
     rest = [n for n in names if n.startswith("layers/") and not any(re.search(p, n) for p in patterns)]
@@ -63,7 +63,8 @@ def _learned(learned_L: Array, seen: Seen, every: int) -> Array:
 def odds(learned_L: Array, drawn_L: Array) -> Array:
     """How likely each layer is to be drawn first; one that has not trained yet counts as the mean of those that have.
 
-    >>> odds(jnp.array([3.0, 1.0, -1.0, 9.0]), jnp.array([True, True, True, False])).round(3).tolist()
+    >>> p_L = odds(jnp.array([3.0, 1.0, -1.0, 9.0]), jnp.array([True, True, True, False]))
+    >>> [round(float(p), 3) for p in p_L]
     [0.467, 0.2, 0.333, 0.0]
     """
     known_L = (learned_L >= 0) & drawn_L
