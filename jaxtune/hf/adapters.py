@@ -106,7 +106,8 @@ def write(
         for name, array in kinds.shared(list(nodes.values())).items():
             add(name, array)
     linear = [m for m in ranks if m not in experts]
-    rank, alpha = _most_common(ranks), _most_common(alphas)
+    like = experts or linear  # peft overlooks patterns on experts
+    rank, alpha = (_most_common({m: x[m] for m in like}) for x in (ranks, alphas))
     patterns = {
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
