@@ -108,7 +108,7 @@ def write(
         for name, array in kinds.shared(list(nodes.values())).items():
             add(name, array)
     linear = [m for m in ranks if m not in experts]
-    usual = experts or list(ranks)  # peft warns of patterns that match parameters
+    usual = experts or linear  # peft warns of patterns that match parameters
     rank, alpha = (_most_common({m: of[m] for m in usual}) for of in (ranks, alphas))
     patterns = {
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},

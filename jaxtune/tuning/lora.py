@@ -122,10 +122,9 @@ def _check(tuning: Lora, names: set[str]) -> None:
         raise UserError("tuning.form=vera shares its matrices, so it has one rank and no alpha; leave the patterns out")
     if tuning.form in ("loha", "lokr") and tuning.dropout:
         raise UserError(f"tuning.dropout is not for tuning.form={tuning.form}; set it to 0")
-    if tuning.rank_pattern and any("/experts/" in n and _first(tuning.rank_pattern, n, None) for n in names):
-        raise UserError(
-            "tuning.rank_pattern matches experts, whose rank PEFT takes from tuning.rank; narrow the pattern"
-        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if any("/experts/" in n and _first(getattr(tuning, key), n, None) for n in names):
+            raise UserError(f"tuning.{key} matches experts, where PEFT overlooks such patterns; narrow the pattern")
 
 
 _Make = Callable[[str, Weight, int, float, Array], Any]

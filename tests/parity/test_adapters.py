@@ -58,7 +58,7 @@ def exported(folder, t, out):
     out.mkdir()
     dropout, rslora = getattr(t, "dropout", 0.0), getattr(t, "rslora", False)
     nodes = blueprint.adapted(b, boxes)
-    adapters.write(out, nodes, m.decoder_names(b.decoder), str(folder), "llama", {}, dropout, rslora)
+    adapters.write(out, nodes, m.decoder_names(b.decoder), str(folder), b.decoder.family, {}, dropout, rslora)
     return np.asarray(logits(b.model, unbox(boxes), SMALL))
 
 
