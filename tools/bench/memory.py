@@ -22,7 +22,7 @@ from jaxtune.models.decoder import Decoder, DecoderConfig
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.objectives.base import LOGITS_BYTES
-from jaxtune.tuning.method import join, split
+from jaxtune.tuning.method import Training, join, split
 
 MODELS = ("llama2-7b", "llama3.1-8b", "llama2-70b", "llama3.1-70b")
 
@@ -34,7 +34,7 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[int, int] | None]] = {
     "full, bfloat16, adamw8bit": ({"tuning.method": "full", "optim.name": "adamw8bit", **BF16}, (60, 600)),
     "galore r=128, bfloat16": ({"tuning.method": "galore", **BF16}, (16, 160)),
     "lisa, 2 layers": ({"tuning.method": "lisa"}, (16, 160)),
-    "gradient_select 2 %": ({"tuning.method": "gradient_select", "tuning.budget": 0.02}, (16, 160)),
+    "gradient_select 5 %": ({"tuning.method": "gradient_select", "tuning.budget": 0.05}, (16, 160)),
     "freeze, last 2": ({"tuning.method": "freeze", "tuning.last": 2}, (16, 160)),
     "freeze, last 1, bfloat16": ({"tuning.method": "freeze", "tuning.last": 1, **BF16}, (16, 160)),
     "lora r=8": ({"tuning.method": "lora"}, (16, 160)),
@@ -61,8 +61,9 @@ class Bytes(NamedTuple):
 
 def count(decoder: DecoderConfig, c: config.Config, rows: int, length: int) -> Bytes:
     """What a step of this config on this model takes."""
+    training = Training(1000, c.optim)
     s = blueprint.sketch(
-        decoder, lambda d: tuning.make(c.tuning, d), c.train.compute_dtype, c.train.remat, c.train.param_dtype
+        decoder, lambda d: tuning.make(c.tuning, d, training), c.train.compute_dtype, c.train.remat, c.train.param_dtype
     )
     tx = jobs.optimiser(c, s.method, s.weights, s.labels, 1000)
     abstract = jax.tree.map(lambda w: w.value, s.weights, is_leaf=lambda x: hasattr(x, "names"))
@@ -107,7 +108,15 @@ def one_layer(decoder: DecoderConfig, c: config.Config, rows: int, length: int) 
         )
         if isinstance(tuned, config.Lisa):
             tuned = tuned.model_copy(update={"layers": 1})
-        s = blueprint.sketch(small, lambda d: tuning.make(tuned, d), c.train.compute_dtype, "none", c.train.param_dtype)
+        if isinstance(tuned, config.GradientSelect):
+            tuned = tuned.model_copy(update={"budget": 1.0})
+        s = blueprint.sketch(
+            small,
+            lambda d: tuning.make(tuned, d, Training(1000, c.optim)),
+            c.train.compute_dtype,
+            "none",
+            c.train.param_dtype,
+        )
         abstract = jax.tree.map(lambda w: w.value, s.weights, is_leaf=lambda x: hasattr(x, "names"))
         return grown(lambda b: kept_bytes(s.decoder, *split(abstract, s.labels), b, length))
 
