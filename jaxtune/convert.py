@@ -117,7 +117,7 @@ def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> 
         return _foreign((foreign.open_llama2c if llama2c else foreign.open_meta)(path), dtype, source)
     mesh = sharding.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
-        b, tree, side, template = tuned.open_weights(source, weights or None, None, mesh, base=False)
+        b, tree, side, template, _ = tuned.open_weights(source, weights or None, None, mesh, base=False)
     if soft_prompt.of(tree) is not None:
         raise UserError(
             f"{', '.join(weights) or source}: a prompt is no part of the weights, so there is no whole model with it; "

@@ -33,6 +33,7 @@ from jaxtune.models import families
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
+from jaxtune.tuning import blocks
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
@@ -144,7 +145,7 @@ def prepare(c: Config) -> Job:
     """
     folder = model_folder(c.model)
     decoder = families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # likely mistakes first
-    read = adapters.Adapter(Path(c.tuning.adapter)) if isinstance(c.tuning, config.Lora) and c.tuning.adapter else None
+    read = _going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
     rows = max(decoder.vocab, (read.rows() or 0) if read is not None else 0)
     side = tokenizer_folder(folder, read)
     words = tokenizer.load(side)
@@ -154,7 +155,7 @@ def prepare(c: Config) -> Job:
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
     mesh = sharding.make_mesh(c.mesh)
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
-    training = tuning_method.Training(steps, c.optim, c.train.seed, lambda text: words(text).input_ids)
+    training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple, c.train.param_dtype,
@@ -167,7 +168,10 @@ def prepare(c: Config) -> Job:
             "none, or take method: lora with train: [embeddings, head]"
         )
     if b.decoder.vocab > rows and not _tables_train(b):
-        log.warn("vocabulary: the new tokens' embeddings do not train; tuning.train=[embeddings, head] would let them")
+        log.warn(
+            "vocabulary: the new tokens' embeddings do not all train; tuning.method=lora with "
+            "tuning.train=[embeddings, head] would let them"
+        )
     prefix = c.tuning.tokens if isinstance(c.tuning, config.Prefix) else 0
     if c.data.max_length + prefix > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
@@ -214,7 +218,27 @@ def tokenizer_folder(model: Path, adapter: adapters.Adapter | soft_prompts.SoftP
 
 
 def _tables_train(b: Blueprint) -> bool:
-    return all(found != tuning_method.FROZEN for found in jax.tree.leaves(b.labels["embed_tokens"]))
+    tables = [b.labels[name] for name in ("embed_tokens", "lm_head") if name in b.labels]
+    return all(found != tuning_method.FROZEN for found in jax.tree.leaves(tables))
+
+
+def _going_on(t: config.Lora) -> adapters.Adapter | None:
+    """The adapter to go on from, if there is one.
+
+    Raises:
+      UserError: it is of another kind.
+    """
+    if t.adapter is None:
+        return None
+    read = soft_prompts.open_adapter(Path(t.adapter))
+    if not isinstance(read, adapters.Adapter) or read.kind not in ("LORA", "ADALORA"):
+        raise UserError(
+            f"tuning.adapter: {read.folder} is of type {read.config['peft_type']}; only LoRA adapters can be gone on "
+            "from, so start a fresh one"
+        )
+    if t.dora and not read.config.get("use_dora"):
+        raise UserError(f"tuning.dora: {read.folder} is without magnitudes; leave tuning.dora or tuning.adapter out")
+    return read
 
 
 def _method(
@@ -225,16 +249,19 @@ def _method(
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 
-    if read.kind not in ("LORA", "ADALORA"):
-        raise UserError(f"tuning.adapter: {read.folder} is of type {read.kind}; only LoRA adapters can be gone on from")
-    if tuning_config.dora and not read.config.get("use_dora"):
-        raise UserError(f"tuning.dora: {read.folder} is without magnitudes; leave tuning.dora or tuning.adapter out")
     dropout = tuning_config.dropout
 
     def wrap(name: str, w: Any, key: Any) -> Any:
         node = read.wrap(name, w, key)
         return node if node is w else dataclasses.replace(node, dropout=dropout)
 
+    taken = tuning_method.named(tuning_config.train, decoder.tied)
+    for name in tuning_method.decoder_names(decoder):
+        if read.adapts(name) and any(re.search(p, name) for p in taken):
+            raise UserError(
+                f"tuning.train matches {name}, which {read.folder} adapts already; narrow tuning.train, or merge the "
+                "adapter first and tune the merged model"
+            )
     whole = [(f"^{re.escape(n)}$", "train") for n in tuning_method.decoder_names(decoder) if read.trained_whole(n)]
     return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True, from_base=False)
 
@@ -296,7 +323,7 @@ def introduce(job: Job, compiled: Any) -> None:
     text = slice(b.method.virtual, None)
     log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
     base = tuning_method.count(unbox(b.plain))
-    trains, all_ = tuning_method.count(job.state.trainable), base + _added(b)
+    trains, all_ = _trained(job), base + _added(b)
     filled = data.train.tokens / (len(data.train) * data.train.length)
     per_device = compiled.memory_analysis()
     memory = "not known here"
@@ -321,6 +348,16 @@ def introduce(job: Job, compiled: Any) -> None:
             ("memory", memory),
         ]
     )  # fmt: skip
+
+
+def _trained(job: Job) -> int:
+    """Parameters that train at a time."""
+    trainable = tuning_method.count(job.state.trainable)
+    if tuning_method.CHOSEN not in jax.tree.leaves(job.blueprint.labels):
+        return trainable
+    labels, shapes = jax.tree.leaves(job.blueprint.labels), jax.tree.leaves(job.blueprint.abstract)
+    candidates = sum(x.size for found, x in zip(labels, shapes, strict=True) if found == tuning_method.CHOSEN)
+    return trainable - candidates + tuning_method.count(blocks.found(job.state.optimiser).masters)
 
 
 def _added(b: Blueprint) -> int:
@@ -370,7 +407,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
         *[("remark", r) for r in data.remarks],
         ("model", f"{b.folder}: {tuning_method.count(unbox(b.plain)):,} parameters, "
                   "all tensors fit"),
-        ("tuning", f"{c.tuning.method}: {tuning_method.count(job.state.trainable):,} parameters train"),
+        ("tuning", f"{c.tuning.method}: {_trained(job):,} parameters train"),
         ("data", f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, "
                  f"median {np.median(lengths):.0f}"),
         ("rows", f"{len(data.train):,} of {data.train.length} tokens"

@@ -178,19 +178,20 @@ def _common(plans: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 
 def _ready(found: "Opened", on: jax.sharding.Mesh) -> Tuned:
-    words = tokenizer.load(found.side)
+    words = found.tokenizer or tokenizer.load(found.side)
     template = found.template or words.chat_template
     eos = {*tokenizer.eos_ids(found.blueprint.folder, words), *encode.turn_end(words, template)}
     return Tuned(found.blueprint, unbox(found.weights), words, template, sorted(eos), on)
 
 
 class Opened(NamedTuple):
-    """A blueprint, its `Weight`s, the folder of the tokenizer, and the template where it is not the tokenizer's."""
+    """A blueprint, its `Weight`s, the folder of the tokenizer, and what is not as it is there: template, tokenizer."""
 
     blueprint: Blueprint
     weights: Tree
     side: Path
     template: str | None = None
+    tokenizer: Any = None
 
 
 def open_weights(
@@ -259,7 +260,7 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
     _, frozen = tuning_method.split(unbox(blueprint.materialise(b, jax.random.key(c.train.seed), base)), b.labels)
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
     weights = tuning_method.join(optim.averaged(restored["optimiser"], restored["trainable"]), frozen)
-    return Opened(b, blueprint.boxed(b, weights), b.folder, template)
+    return Opened(b, blueprint.boxed(b, weights), b.folder, template, started.tokenizer)
 
 
 def predict(

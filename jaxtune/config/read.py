@@ -127,11 +127,15 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(_with_paths_from(config.model_dump(), Path.cwd()), sort_keys=False)
 
 
+_ALIKE = {"lora", "qlora"}
+
+
 def _merge(old: Any, new: Any) -> Any:
-    """`new` over `old`. Another tuning method starts afresh: the keys of the old one mean nothing to it."""
+    """`new` over `old`. Another tuning method starts afresh: the keys of the old one mean nothing to it, but that
+    qlora takes those of lora."""
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
-    if "method" in new and new["method"] != old.get("method", "lora"):
+    if "method" in new and (was := old.get("method", "lora")) != new["method"] and {was, new["method"]} != _ALIKE:
         return dict(new)
     return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
 

@@ -40,7 +40,7 @@ class Adapter(Strict):
     base: Base | None = None
     """Hold the frozen matrices of the layers in 4 bits (nf4 of QLoRA, int4) or 8 (int8, fp8) while training."""
     group: int = Field(64, ge=2)
-    """Numbers that share a scale in a quantised base."""
+    """Numbers that share a scale in a quantised base; fewer where the inputs of a matrix do not divide."""
 
 
 class Lora(Adapter):
@@ -161,7 +161,8 @@ class GradientSelect(Strict):
 
     method: Literal["gradient_select"]
     budget: float = Field(0.1, gt=0, le=1)
-    """Share of the layers' parameters that trains at a time."""
+    """Share of the layers' parameters that trains at a time. Of one kind of matrix, at most twice this share of the
+    layers: so many slots are held."""
     score: Literal["fisher", "norm", "taylor"] = "fisher"
     """By what a matrix is judged, per parameter: mean squared gradient, its root, or |weight · gradient|."""
     warmup: int = Field(10, ge=1)

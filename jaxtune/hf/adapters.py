@@ -230,6 +230,10 @@ class Adapter:
         """Whether the adapter brings this weight whole."""
         return plain.endswith("/weight") and layout.hf_name(plain, "llama") in self._whole
 
+    def adapts(self, plain: str) -> bool:
+        """Whether the adapter adds to this weight."""
+        return plain.endswith("/weight") and _module(plain) in self._factors
+
     def replace(self, tensors: Mapping[str, Any], family: str, tied: bool) -> dict[str, Any]:
         """A base model's tensors with those in their places that the adapter brings whole.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.nodes.soft_prompt import Prefix, SoftPrompt
 from jaxtune.weights import Array, Node, apply, densify, is_node, node, static, take
 
 Tree = Any
@@ -59,4 +60,9 @@ def noisy(weights: Tree, alpha: float) -> Tree:
     if not alpha:
         return weights
     table = weights["embed_tokens"]
-    return {**weights, "embed_tokens": {**table, "weight": Noisy(table["weight"], alpha=alpha)}}
+    w = table["weight"]
+    if isinstance(w, SoftPrompt | Prefix):  # of the text, not of virtual tokens
+        w = dataclasses.replace(w, base=Noisy(w.base, alpha=alpha))
+    else:
+        w = Noisy(w, alpha=alpha)
+    return {**weights, "embed_tokens": {**table, "weight": w}}

@@ -50,6 +50,11 @@ def method(tuning: AdaLora, decoder: DecoderConfig, training: Training) -> Metho
         )
     if training.optim.name == "schedule_free":
         raise UserError("tuning.method=adalora with optim.name=schedule_free is not supported; take adamw")
+    if training.train.ema:
+        raise UserError(
+            "tuning.method=adalora with train.ema is not supported: an average keeps ranks that were dropped; leave it "
+            "out"
+        )
     schedule = Schedule.of(tuning, training.steps, len(mine))
 
     def wrap(name: str, w: Weight, key: Array) -> Weight | AdaLoRA:
@@ -231,7 +236,7 @@ def as_lora(adapted: Mapping[str, tuple[Weight, Any]]) -> dict[str, tuple[Weight
             own = folded(AdaLoRA(None, a[..., left], np.take(b, left, axis), scale=node.scale, e=e[..., left]))
             one = w.like(jax.ShapeDtypeStruct((*a.shape[:axis], *w.value.shape[axis:]), w.value.dtype))
             out[_alone(plain)] = one, LoRA(one, node.a.like(own.a), node.b.like(own.b), scale=node.scale)
-    if not out:
+    if adapted and not out:
         raise UserError("AdaLoRA: no rank is left, all scores were equal; raise tuning.rank or train.steps")
     return out
 

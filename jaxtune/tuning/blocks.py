@@ -69,6 +69,11 @@ def check(method: str, training: Training, decoder: DecoderConfig) -> None:
             f"tuning.method={method} with optim.name={o.name} is not supported: its state cannot begin anew for single "
             f"layers; take one of {', '.join(_OPTIMISERS)}"
         )
+    if training.train.param_dtype != "float32":
+        raise UserError(
+            f"tuning.method={method} with train.param_dtype={training.train.param_dtype} is not supported: what is "
+            "chosen has float32 masters, and the rest would have moments of another dtype; leave it out"
+        )
     if o.layer_decay != 1:
         raise UserError(
             f"tuning.method={method} with optim.layer_decay is not supported: a slot holds one layer after another; "

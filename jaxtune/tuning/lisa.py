@@ -39,7 +39,7 @@ def method(tuning: Lisa, decoder: DecoderConfig, training: Training) -> Method:
         start=lambda weights: jnp.full(decoder.layers, -1.0),  # what layers learned per parameter; −1 is not known
         watch=lambda learned_L, seen: _learned(learned_L, seen, tuning.every),
         due=lambda step: step % tuning.every == 0,
-        choose=lambda learned_L, seen: _drawn(learned_L, seen, drawn_L, tuning.layers, training.seed),
+        choose=lambda learned_L, seen: _drawn(learned_L, seen, drawn_L, tuning.layers, training.train.seed),
         restart=True,
         measure=tuning.draw == "importance",
     )

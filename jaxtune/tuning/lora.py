@@ -55,6 +55,8 @@ def method(tuning: Lora, decoder: DecoderConfig, training: Training) -> Method:
         )
     mine = {n.removesuffix(_WEIGHT) for n in names if any(re.search(p, n.removesuffix(_WEIGHT)) for p in patterns)}
     mine -= {n.removesuffix(_WEIGHT) for n in names if any(re.search(p, n) for p in whole)}
+    if not mine:
+        raise UserError("tuning.train takes all that tuning.targets names, so no adapter is left; narrow one of them")
     for key in ("rank_pattern", "alpha_pattern"):
         covering(list(getattr(tuning, key)), sorted(mine), f"tuning.{key}")
     _check(tuning, mine)
@@ -91,7 +93,7 @@ def targetable(name: str) -> bool:
     return (matrix and not name.startswith("embed_tokens")) or "/experts/" in name
 
 
-def only_linear(names: set[str], key: str) -> None:
+def only_linear(names: set[str], key: str, instead: str = "take plain LoRA without it") -> None:
     """Check that no name is that of experts or of the embedding table.
 
     Raises:
@@ -101,8 +103,8 @@ def only_linear(names: set[str], key: str) -> None:
         if "/experts/" in name or name.startswith("embed_tokens"):
             what = "experts" if "/experts/" in name else "an embedding table"
             raise UserError(
-                f"{key} is for linear layers, and {name} is {what}; narrow tuning.targets, as in [self_attn], or take "
-                "plain tuning.form=lora"
+                f"{key} is for linear layers, and {name} is {what}; narrow tuning.targets, as in [self_attn], or "
+                f"{instead}"
             )
 
 

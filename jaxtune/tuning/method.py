@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune.config import Optim
+from jaxtune.config import Optim, Train
 from jaxtune.errors import UserError
 from jaxtune.layers import Weight, group_name, is_weight, plain_names
 from jaxtune.models.decoder import DecoderConfig, abstract_weights
@@ -56,7 +56,7 @@ class Training(NamedTuple):
 
     steps: int = 0  # of the whole run
     optim: Optim = Optim()
-    seed: int = 0
+    train: Train = Train()
     encode: Callable[[str], Sequence[int]] = lambda text: ()  # a text's tokens
 
 

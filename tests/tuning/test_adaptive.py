@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxtune import allocation, log, run, sharding, tuning
-from jaxtune.config import AdaLora, GradientSelect, Group, Lisa, Mesh, Optim
+from jaxtune.config import AdaLora, GradientSelect, Group, Lisa, Mesh, Optim, Train
 from jaxtune.errors import UserError
 from jaxtune.hf import files
 from jaxtune.nodes.adalora import AdaLoRA
@@ -93,7 +93,7 @@ def now(method, state):
 def test_lisa_is_adam_on_the_drawn_layers_begun_anew(dtype):
     """Beside an AdamW of its own for the layers of each draw; the embeddings' AdamW goes on all the time."""
     rng = np.random.default_rng(0)
-    method = lisa.method(Lisa(method="lisa", layers=2, every=3), DECODER, Training(STEPS, PLAIN, 1))
+    method = lisa.method(Lisa(method="lisa", layers=2, every=3), DECODER, Training(STEPS, PLAIN, Train(seed=1)))
     params = trainable(weights(rng, dtype), method)
     grads = [random_like(params, rng) for _ in range(STEPS)]
     got = stepped(method, params, grads)
@@ -156,7 +156,7 @@ def test_draws_favour_what_learned_most_and_starve_none():
 def test_what_a_layer_learned_is_how_far_its_weights_moved():
     rng = np.random.default_rng(0)
     t = Lisa(method="lisa", layers=2, every=3, draw="importance", train=["embeddings"])
-    method = lisa.method(t, DECODER, Training(7, PLAIN, 3))
+    method = lisa.method(t, DECODER, Training(7, PLAIN, Train(seed=3)))
     params = trainable(weights(rng), method)
     got = stepped(method, params, [random_like(params, rng) for _ in range(4)])
     first = sorted(int(x[-1]) for x in now(method, got[0][1]))
