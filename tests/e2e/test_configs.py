@@ -21,7 +21,7 @@ def test_recipes_train_at_toy_size(name, tmp_path):
         for i in range(60)
     ]
     small = {
-        "model": write_tiny(tmp_path / "m", layers=5, tied=False),
+        "model": write_tiny(tmp_path / "m", layers=4, tied=False),
         "data.train": write_jsonl(tmp_path / "d.jsonl", rows),
         "data.max_length": 16, "train.batch_size": 4, "train.accumulation": 2, "train.steps": 2,
         "train.epochs": 1, "output": tmp_path / "r", "optim.warmup": 0,

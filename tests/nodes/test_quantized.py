@@ -103,7 +103,7 @@ def folder(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("quantized") / "m", layers=3, tied=False, embed=64, mlp=96)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_is_that_of_the_folder_quantised(folder, kind, monkeypatch):
     """Layer by layer as they are read, so that no array of a whole stack is ever there as it was read."""
     shapes, read = [], load._read
@@ -128,7 +128,7 @@ def test_a_quantised_base_is_that_of_the_folder_quantised(folder, kind, monkeypa
     dense = map_nodes(lambda x: densify(x) if isinstance(x, LoRA) else x, w)
     np.testing.assert_allclose(logits(b, w), logits(b, dense), atol=1e-4)
     off = jnp.abs(logits(b, w) - logits(b, plain)).max()
-    assert 0 < off < {"nf4": 1.0, "int4": 1.5, "int8": 0.1, "fp8": 0.3}[kind]
+    assert 0 < off < {"nf4": 1.0, "int8": 0.1}[kind]
 
 
 def test_only_adapters_train_and_merging_keeps_the_model(folder):

@@ -20,7 +20,6 @@ CASES = {
     "muon": {"optim__name": "muon"},
     "schedule_free": {"optim__name": "schedule_free", **CONSTANT},
     "galore8bit": {"tuning": GALORE, "optim__name": "adamw8bit"},
-    "bfloat16": {"train__param_dtype": "bfloat16"},
     "own": {
         "train__ema": 0.5, "train__neftune": 5.0, "optim__layer_decay": 0.8, "optim__weight_decay": 0.1,
         "optim__groups": [{"match": "norms", "learning_rate": 0.02}],

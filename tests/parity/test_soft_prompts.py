@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from jaxtune import blueprint, optim, run
+from jaxtune import blueprint, run
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.errors import UserError
@@ -96,7 +96,7 @@ def test_twenty_steps_agree_with_peft(assets, tmp_path, name):
     assert sum(p.numel() for p in trains) == m.count(trainable)
     adam = torch.optim.AdamW(trains, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
-    tx = optim.make(c.optim, 20)
+    tx = job.tx
     state = State(trainable, frozen, tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
     step = jax.jit(make_step(jobs.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
     first = len(job.blueprint.virtual_ids)

@@ -26,13 +26,12 @@ LORA = {"method": st.just("lora"), "rank": RANK, "targets": TARGETS, "base": BAS
 # name -> settings, and whether the wrapped model is the base model at first
 METHODS = {
     "full": ({"method": st.just("full")}, True),
-    "freeze": ({"method": st.just("freeze"), "last": st.integers(1, 2), "first": st.integers(0, 1)}, True),
-    "norms": ({"method": st.just("freeze"), "train": st.just(["norms"])}, True),
+    "freeze": ({"method": st.just("freeze"), "last": st.integers(1, 2), "first": st.integers(0, 1),
+                "train": st.sampled_from([[], ["norms"]])}, True),
     "lora": ({**LORA, "rslora": st.booleans(), "train": st.sampled_from([[], ["head"], ["norms"]])}, True),
     "lora by layer": ({**LORA, "targets": st.just("all-linear"), "rank_pattern": st.just({"layers/0/": 1})}, True),
     "dora": ({**LORA, "dora": st.just(True)}, True),
-    "pissa": ({**LORA, "init": st.just("pissa")}, True),
-    "olora": ({**LORA, "init": st.just("olora")}, True),
+    "pissa": ({**LORA, "init": st.sampled_from(["pissa", "olora"])}, True),
     "vera": ({**LORA, "form": st.just("vera")}, True),
     "loha": ({**LORA, "form": st.just("loha")}, True),
     "lokr": ({**LORA, "form": st.just("lokr")}, True),
