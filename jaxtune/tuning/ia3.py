@@ -28,7 +28,8 @@ def method(tuning: Ia3, decoder: DecoderConfig, training: Training) -> Method:
     names = [n.removesuffix(_WEIGHT) for n in every if targetable(n)]
     covering(tuning.targets, names, "tuning.targets")
     mine = {n for n in names if any(re.search(p, n) for p in tuning.targets)}
-    covering(tuning.inputs, names, "tuning.inputs")
+    if "inputs" in tuning.model_fields_set:  # what is there by default may be no target
+        covering(tuning.inputs, sorted(mine), "tuning.inputs")
     only_linear(mine, "tuning.method=ia3", "take tuning.method=lora")
     inputs = {n for n in mine if any(re.search(p, n) for p in tuning.inputs)}
     if biased := [n for n in sorted(mine - inputs) if f"{n}/bias" in every]:
