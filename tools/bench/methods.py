@@ -13,6 +13,7 @@ take in turns, in one process.
 
 import argparse
 import dataclasses
+import re
 import statistics
 import tempfile
 import time
@@ -29,19 +30,21 @@ COLUMNS = {
 }
 LENGTHS = {"sst2": 96, "dialogsum": 256, "multi30k_en_de": 128}
 _SHARES = (0, 25, 50, 75, 100)
-_RATES = {"full": (3e-4, 1e-3, 3e-3), "adapter": (3e-3, 1e-2, 3e-2)}
+_RATES = {"full": (1e-3, 3e-3, 1e-2), "adapter": (1e-2, 3e-2, 1e-1)}
 
 # name -> tuning section; those that train within a budget stand beside a uniform choice of the same budget
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "freeze: last layer": {"method": "freeze", "last": 1},
     "lora": {"method": "lora", "rank": 8},
+    "lora, rank 12": {"method": "lora", "rank": 12},
     "dora": {"method": "lora", "rank": 8, "dora": True},
     "qlora nf4": {"method": "qlora", "rank": 8},
     "adalora 12 to 8": {"method": "adalora", "init_rank": 12, "rank": 8, "every": 5},
     "galore": {"method": "galore", "rank": 16, "every": 25, "scale": 1.0},
     "lisa: 1 layer": {"method": "lisa", "layers": 1, "every": 10},
     "lisa: 1 layer, importance": {"method": "lisa", "layers": 1, "every": 10, "draw": "importance"},
+    "freeze: attention": {"method": "freeze", "train": [r"self_attn/._proj/weight"]},  # a quarter of stories656K
     "gradient_select 25 %": {"method": "gradient_select", "budget": 0.25, "every": 25},
 }
 
@@ -125,7 +128,7 @@ def quality(model: Path, folders: Sequence[Path], steps: int, rounds: int, only:
         for data in folders:
             rows = []
             for name in names:
-                rates = _RATES["adapter" if name.split()[0] in _ADAPTERS else "full"]
+                rates = _RATES["adapter" if re.split(r"\W", name)[0] in _ADAPTERS else "full"]
                 tries = [
                     [
                         tune(name, METHODS[name], r, model, data, Path(tmp) / f"{time.time_ns()}", steps, seed)
