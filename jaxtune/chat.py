@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from jaxtune.data.formats import Message
+from jaxtune.data.examples import Message
 from jaxtune.errors import UserError, nearest
 from jaxtune.generate import Sampling
 from jaxtune.tuned import Tuned

@@ -276,10 +276,10 @@ def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapp
 
     def put(batch: Batch) -> Mapping[str, Any]:
         out = {}
-        for name, x_RT in batch.columns.items():
-            x_ABT = x_RT.reshape(micro or 1, -1, x_RT.shape[-1])
-            x_ABT = np.pad(x_ABT, ((0, 0), (0, -x_ABT.shape[1] % shards), (0, 0)))
-            out[name] = jax.device_put(x_ABT if micro else x_ABT[0], where)
+        for name, x_R in batch.columns.items():
+            x_AB = x_R.reshape(micro or 1, -1, *x_R.shape[1:])
+            x_AB = np.pad(x_AB, [(0, 0), (0, -x_AB.shape[1] % shards), *[(0, 0)] * (x_R.ndim - 1)])
+            out[name] = jax.device_put(x_AB if micro else x_AB[0], where)
         return out
 
     return put
@@ -293,9 +293,11 @@ def compile_step(job: Job) -> Any:
     step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
-    shape = c.train.accumulation, rows, job.data.train.length
-    where = sharding.batch_sharding(job.mesh, lead=1)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where) for name in pipeline.COLUMNS}
+    where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)
+    batch = {
+        name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where)
+        for name, x in job.data.train.empty.items()
+    }
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
     with jax.set_mesh(job.mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch).compile()

@@ -16,6 +16,7 @@ from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data import encode, formats
+from jaxtune.data.examples import Conversation, Document, Example, Message
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
@@ -72,21 +73,19 @@ class Tuned:
     def generator(self) -> Generator:
         return Generator(self.blueprint.model, self.weights, self.tokenizer, self.eos)
 
-    def prompt(self, messages: Sequence[formats.Message]) -> str:
+    def prompt(self, messages: Sequence[Message]) -> str:
         """Messages as the model was trained to see them; as they are where it has no template."""
         if self.template is None:
             return (self.tokenizer.bos_token or "") + "".join(m.content for m in messages)
-        return encode.prompt_text(
-            formats.Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template
-        )[0]
+        return encode.prompt_text(Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template)[0]
 
     def answer(self, prompt: str, **options: Any) -> str:
         """The answer to one user message."""
         with jax.set_mesh(self.mesh):
-            text = self.prompt([formats.Message("user", prompt)])
+            text = self.prompt([Message("user", prompt)])
             return self.generator.generate([text], Sampling(**options))[0].text
 
-    def stream(self, messages: Sequence[formats.Message], s: Sampling) -> Iterator[str]:
+    def stream(self, messages: Sequence[Message], s: Sampling) -> Iterator[str]:
         """The answer to a conversation, piece by piece."""
         context = self.generator.context
         room, kept = context - min(s.max_new_tokens, context // 4), list(messages)
@@ -307,9 +306,11 @@ def predict(
     return len(examples)
 
 
-def _pair(tuned: Tuned, e: formats.Conversation | formats.Document) -> tuple[str, str | None]:
+def _pair(tuned: Tuned, e: Example) -> tuple[str, str | None]:
     """A row's prompt, as the model was trained to see it, and the answer that the row gives."""
-    if isinstance(e, formats.Document):
+    if not isinstance(e, Conversation | Document):
+        raise UserError(f"{e.origin}: a row of this kind cannot be answered; give a conversation or a prompt")
+    if isinstance(e, Document):
         return (tuned.tokenizer.bos_token or "") + e.text, None
     if tuned.template is not None:
         return encode.prompt_text(e, tuned.tokenizer, tuned.template)

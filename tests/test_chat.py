@@ -1,7 +1,7 @@
 import pytest
 
 from jaxtune.chat import Chat
-from jaxtune.data.formats import Message
+from jaxtune.data.examples import Message
 from jaxtune.errors import UserError
 from jaxtune.generate import Sampling
 

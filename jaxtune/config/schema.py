@@ -10,38 +10,85 @@ from jaxtune.config.tuning import Lora, Tuning, lora_unless_said
 DEMO = "demo"  # names the model and the data that come with the package
 
 
+Format = Literal[
+    "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "segments", "tokens", "preference", "kto",
+    "classification", "regression", "qa", "translation", "summarisation", "maths", "token_classification", "choice",
+]  # fmt: skip
+
+
 class Source(Strict):
-    """One data file."""
+    """One set of data."""
 
     path: str
-    """A JSONL or CSV file."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
-    """Which columns a row has; "auto" looks at the first row."""
+    """A file, a folder, a pattern such as data/*.jsonl, hf://owner/name, or an object store's gs://… address; or, where
+    data.registry is given, a name in it."""
+    format: Format = "auto"
+    """What a row holds; "auto" looks at the columns of the first row."""
     columns: dict[str, str] = {}
     """Names of the columns in the file, where they differ: {prompt: question, completion: answer}."""
+    tags: dict[str, str] = {}
+    """Names inside of messages, where they differ: {role: from, content: value, user: human, assistant: gpt}."""
+    split: str = "train"
+    """Which split of a hub data set."""
+    subset: str | None = None
+    """Which configuration of a hub data set."""
     max_samples: int | None = Field(None, gt=0)
     """Take only the first n rows."""
+    weight: float = Field(1.0, gt=0)
+    """How often each row counts where sets are concatenated (0.5: half of them, drawn by the seed; 2: twice); the share
+    of rows where they are interleaved."""
 
 
 class Data(Strict):
     """What is trained on, and how text becomes tokens."""
 
     train: str | list[Source] = DEMO
-    """A JSONL or CSV file, "demo", or a list of sources."""
-    validation: Annotated[float, Field(ge=0)] | str = 0.0
-    """Held out: a fraction (below 1), a number of examples, or a file of its own."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    """A file, a folder, a pattern, an address, "demo", or a list of sources."""
+    validation: Annotated[float, Field(ge=0)] | str | list[Source] = 0.0
+    """Held out: a fraction (below 1), a number of examples, or data of its own."""
+    format: Format = "auto"
     """Format of the sources that name none."""
     columns: dict[str, str] = {}
     """Columns of the sources that name none."""
+    tags: dict[str, str] = {}
+    """Tags of the sources that name none."""
+    registry: str | None = None
+    """A dataset_info.json as LLaMA-Factory has it, or its folder; sources are then names in it."""
+    mix: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """Several sets one after the other, or drawn from in turn by weight until the first is used up ("under") or the
+    last is ("over", the others begin again)."""
+    streaming: bool = False
+    """Read rows as they are needed instead of all before the first step; needs train.steps."""
+    shuffle_buffer: int = Field(10_000, ge=1)
+    """Rows among which streaming draws the next."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read ends the run with its place, or is left out and counted."""
     max_length: int = Field(1024, ge=8)
-    """Tokens in a row; longer examples are cut at the end, longer texts into pieces."""
+    """Tokens in a row; longer examples are cut, longer texts go into pieces."""
+    truncate: Literal["right", "left", "middle", "drop"] = "right"
+    """Where an example that is too long is cut: its end, its beginning, its middle; or it is left out. The question
+    before the first answer that stays, and the assistant's header, are kept."""
+    stride: int = Field(128, ge=0)
+    """Tokens that the windows over a long context share, in extractive question answering."""
     packing: bool = True
-    """Several examples in a row; they never see each other."""
+    """Several examples in a row; they never see each other. Without it rows go into buckets of similar length."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on the prompt too."""
     template: str = "auto"
     """Chat template: "auto" takes the tokenizer's own, else one that suits the data; or a name, or a Jinja file."""
+    thinking: Literal["auto", "on", "off", "keep"] = "auto"
+    """Reasoning before answers, for templates that know it: as the template does by itself, asked for, not asked for,
+    or kept in earlier turns too."""
+    prompt: str | None = None
+    """How a task asks, with columns in braces: "Translate to German: {source}"; the task's own where not given."""
+    system: str | None = None
+    """A system message for conversations that have none."""
+    labels: list[str] = []
+    """Names of the labels in their order; where not given, those of the training data, sorted."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that turn text into tokens; 0 is this one; where not given, as many as are worth it."""
+    cache: bool = True
+    """Keep tokens on disk, by a hash of all that they depend on, so that the next run need not make them again."""
 
     @property
     def sources(self) -> list[Source]:
@@ -50,7 +97,8 @@ class Data(Strict):
 
     @property
     def validation_sources(self) -> list[Source]:
-        return [self._filled(Source(path=self.validation))] if isinstance(self.validation, str) else []
+        given = [Source(path=self.validation)] if isinstance(self.validation, str) else self.validation
+        return [self._filled(s) for s in given] if isinstance(given, list) else []
 
     def _filled(self, s: Source) -> Source:
         update: dict[str, Any] = {}
@@ -58,6 +106,8 @@ class Data(Strict):
             update["format"] = self.format
         if not s.columns:
             update["columns"] = self.columns
+        if not s.tags:
+            update["tags"] = self.tags
         return s.model_copy(update=update)
 
 
@@ -154,6 +204,19 @@ class Evaluate(Strict):
     """Steps between evaluations; there is one before the first step and one after the last."""
     batch_size: int | None = Field(None, ge=1)
     """Sequences per evaluation step; train.batch_size / train.accumulation where not given."""
+    task: str | None = None
+    """Answer the validation set and score the answers as this task does: classification, qa, translation,
+    summarisation, dialogue, maths, choice. An objective with a head of its own is scored without being asked."""
+    metric: str = "loss"
+    """Which score decides what is best: loss, perplexity, accuracy, or one of the task's."""
+    best: bool = False
+    """Export the weights that scored best by `metric` instead of the last."""
+    patience: int | None = Field(None, ge=1)
+    """Stop when so many evaluations in a row brought no better `metric`."""
+    max_samples: int | None = Field(None, ge=1)
+    """Answer only the first n examples of the validation set while training."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest answer; the task's own bound where not given."""
 
 
 class Checkpoint(Strict):
@@ -198,8 +261,9 @@ class Config(Strict):
     """The run folder."""
     data: Data = Data()
     vocabulary: Vocabulary = Vocabulary()
-    objective: Literal["sft", "pretrain"] = "sft"
-    """Next-token loss on the answers ("sft") or on all text ("pretrain")."""
+    objective: Literal["sft", "pretrain", "classification", "regression", "span_qa", "token_classification"] = "sft"
+    """Next-token loss on the answers ("sft") or on all text ("pretrain"); or a head of its own in the place of the
+    language model's: labels or a number for a text, the span of an answer, a tag for each word."""
     tuning: Tuning = Lora()
     optim: Optim = Optim()
     train: Train = Train()

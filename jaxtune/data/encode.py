@@ -6,12 +6,12 @@ so any template works, with or without a generation tag.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.formats import Conversation, Document, Example, Message
+from jaxtune.data.examples import Conversation, Document, Example, Message
 from jaxtune.errors import UserError
 
 # What templates take for today: a day that moved would make other data of the same file, and a run could not go on.
@@ -24,23 +24,61 @@ _DATED = (
 
 
 class Encoded(NamedTuple):
-    """Token ids, and which of them are trained on."""
+    """Token ids, which of them are trained on, and what else a batch holds of this example."""
 
     ids: np.ndarray  # int32 [n]
     mask: np.ndarray  # bool [n]
+    columns: Mapping[str, np.ndarray] = {}  # `name_T` holds [n, …], one value a token; `name_S` one value, of any shape
 
 
-def encode(example: Example, tokenizer: Any, template: str | None, train_on: str = "assistant") -> Encoded:
-    """One example as tokens. Documents are trained on throughout and closed with the end-of-sequence token."""
+class Settings(NamedTuple):
+    """All that the tokens of an example depend on, beside the tokenizer."""
+
+    template: str | None = None
+    train_on: str = "assistant"
+    room: int = 2**31 - 1  # tokens that fit into a row
+    truncate: str = "right"
+    thinking: str = "auto"
+    system: str | None = None
+    virtual: tuple[int, ...] = ()  # with which every text starts; they are not trained on and are not counted in `room`
+
+
+class Encoding(NamedTuple):
+    """An example as what fits into rows, and what became of it."""
+
+    pieces: list[Encoded]
+    outcome: str = "whole"  # or "split" (a text in pieces), "cut", "long" (left out), "empty" (nothing to train on)
+
+
+def encode(example: Example, tokenizer: Any, s: Settings) -> Encoding:
+    """One example within the room that there is.
+
+    Raises:
+      UserError: it cannot be rendered or has nothing that could be trained on.
+    """
+    e = tokens(example, tokenizer, s)
+    pieces, outcome = [e], "whole"
+    if len(e.ids) > s.room:
+        if isinstance(example, Document):
+            starts = range(0, len(e.ids), s.room)
+            pieces, outcome = [Encoded(e.ids[i : i + s.room], e.mask[i : i + s.room]) for i in starts], "split"
+        else:
+            pieces, outcome = [Encoded(e.ids[: s.room], e.mask[: s.room])], "cut"
+    kept = [p for p in (with_virtual(s.virtual, p) for p in pieces) if p.mask[1:].any()]  # the first is never predicted
+    return Encoding(kept, outcome if kept else "empty")
+
+
+def tokens(example: Example, tokenizer: Any, s: Settings) -> Encoded:
+    """One example as tokens, whole. Documents are trained on throughout and closed with the end-of-sequence token."""
     if isinstance(example, Document):
         ids = tokenizer(example.text).input_ids
         eos = tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] != eos):
             ids = [*ids, eos]
         return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool))
-    if template is None:
-        raise ValueError("a conversation needs a template")
-    text, spans = render(example, tokenizer, template, train_on)
+    if not isinstance(example, Conversation) or s.template is None:
+        raise ValueError(f"{example.origin}: a conversation and a template were expected")
+    text, spans = render(example, tokenizer, s.template, s.train_on)
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     start_end = np.array(out.offset_mapping, np.int64).reshape(-1, 2)
     mask = np.zeros(len(start_end), bool)
@@ -55,7 +93,7 @@ def render(conversation: Conversation, tokenizer: Any, template: str, train_on: 
     Raises:
       UserError: there is no assistant turn, or the template rewrites earlier turns.
     """
-    messages = [m._asdict() for m in conversation.messages]
+    messages = [m.seen() for m in conversation.messages]
     text = _apply(tokenizer, template, messages, conversation.origin)
     if train_on == "all":
         return text, [(0, len(text))]
@@ -77,7 +115,7 @@ def render(conversation: Conversation, tokenizer: Any, template: str, train_on: 
 
 def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> tuple[str, str | None]:
     """What to generate from, and the answer that the conversation ends with, if it does."""
-    messages = [m._asdict() for m in conversation.messages]
+    messages = [m.seen() for m in conversation.messages]
     answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     if not messages:
         raise UserError(f"{conversation.origin}: has nothing before the assistant's turn to answer to")
@@ -117,12 +155,14 @@ def with_virtual(virtual: Sequence[int], e: Encoded) -> Encoded:
     """A text after virtual tokens, which are not trained on.
 
     >>> with_virtual([300], Encoded(np.array([7, 8], np.int32), np.array([True, True])))
-    Encoded(ids=array([300,   7,   8], dtype=int32), mask=array([False,  True,  True]))
+    Encoded(ids=array([300,   7,   8], dtype=int32), mask=array([False,  True,  True]), columns={})
     """
     if not virtual:
         return e
+    n = len(virtual)
     ids = np.concatenate([np.array(virtual, np.int32), e.ids])
-    return Encoded(ids, np.concatenate([np.zeros(len(virtual), bool), e.mask]))
+    own = {k: np.pad(x, [(n, 0), *[(0, 0)] * (x.ndim - 1)]) if k.endswith("_T") else x for k, x in e.columns.items()}
+    return Encoded(ids, np.concatenate([np.zeros(n, bool), e.mask]), own)
 
 
 def visible(tokenizer: Any, ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:

@@ -4,37 +4,13 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtune.config import Source
+from jaxtune.data.examples import Conversation, Document, Example, Message
 from jaxtune.errors import UserError, nearest
 
 ROLES = ("system", "user", "assistant")
-
-
-class Message(NamedTuple):
-    """One turn."""
-
-    role: str
-    content: str
-
-
-class Conversation(NamedTuple):
-    """Turns of a conversation, and the format that they came in (which suggests a template)."""
-
-    messages: tuple[Message, ...]
-    format: str
-    origin: str  # file:line
-
-
-class Document(NamedTuple):
-    """Plain text."""
-
-    text: str
-    origin: str
-
-
-Example = Conversation | Document
 
 
 ANSWERS = ("completion", "output")  # columns that a file of prompts may lack

@@ -45,14 +45,29 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def lay_out(examples: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
+def lay_out(
+    examples: Sequence[Encoded], length: int, like: Encoded | None = None, segments: int = 0
+) -> dict[str, np.ndarray]:
     """One row of the batch: int32 columns of `length`; segments from 1, 0 is padding.
+
+    The examples' own columns come along: `name_T` as `name_BT`; `name_S` as `name_BS` with room for so many `segments`,
+    and `last_BS` says where each segment ends, -1 where there is none. `like` has these columns where a row is empty.
 
     >>> e = Encoded(np.array([7, 8]), np.array([False, True]))
     >>> lay_out([e, e], 5)["segment_BT"], lay_out([e, e], 5)["position_BT"]
     (array([1, 1, 2, 2, 0], dtype=int32), array([0, 1, 0, 1, 0], dtype=int32))
+    >>> labelled = e._replace(columns={"label_S": np.int32(3)})
+    >>> row = lay_out([labelled], 5, labelled, segments=2)
+    >>> row["label_BS"], row["last_BS"]
+    (array([3, 0], dtype=int32), array([ 1, -1], dtype=int32))
     """
     row = {name: np.zeros(length, np.int32) for name in COLUMNS}
+    own = {name: np.asarray(x) for name, x in (like or examples[0]).columns.items()} if like or examples else {}
+    for name, x in own.items():
+        shape = (segments, *x.shape) if name.endswith("_S") else (length, *x.shape[1:])
+        row[_batched(name)] = np.zeros(shape, x.dtype)
+    if any(name.endswith("_S") for name in own):
+        row["last_BS"] = np.full(segments, -1, np.int32)
     at = 0
     for k, e in enumerate(examples, 1):
         here = slice(at, at + len(e.ids))
@@ -61,4 +76,13 @@ def lay_out(examples: Sequence[Encoded], length: int) -> dict[str, np.ndarray]:
         row["segment_BT"][here] = k
         row["position_BT"][here] = np.arange(len(e.ids))
         at += len(e.ids)
+        for name, x in e.columns.items():
+            row[_batched(name)][k - 1 if name.endswith("_S") else here] = x
+        if "last_BS" in row:
+            row["last_BS"][k - 1] = at - 1
     return row
+
+
+def _batched(name: str) -> str:
+    stem, _, axes = name.rpartition("_")
+    return f"{stem}_B{axes}"

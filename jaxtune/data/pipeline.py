@@ -7,8 +7,10 @@ Dimensions: B batch, T time.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +18,9 @@ import numpy as np
 
 from jaxtune.config import Data
 from jaxtune.data import encode, formats, templates
-from jaxtune.data.encode import Encoded
-from jaxtune.data.packing import COLUMNS, lay_out, pack
+from jaxtune.data.encode import Encoded, Encoding, Settings
+from jaxtune.data.examples import AsConversation, Conversation, Example, Record
+from jaxtune.data.packing import lay_out, pack
 from jaxtune.errors import UserError
 
 
@@ -35,7 +38,17 @@ class Rows:
 
     def lay_out(self, i: int) -> dict[str, np.ndarray]:
         """Row `i` as columns of `[T]`."""
-        return lay_out([self.examples[k] for k in self.rows[i]], self.length)
+        return lay_out([self.examples[k] for k in self.rows[i]], self.length, self.examples[0], self.segments)
+
+    @functools.cached_property
+    def segments(self) -> int:
+        """S, the most examples of a row."""
+        return max(map(len, self.rows))
+
+    @functools.cached_property
+    def empty(self) -> dict[str, np.ndarray]:
+        """A row without examples."""
+        return lay_out([], self.length, self.examples[0], self.segments)
 
     @property
     def tokens(self) -> int:
@@ -55,6 +68,8 @@ class Rows:
         for e in self.examples:
             h.update(e.ids.tobytes())
             h.update(e.mask.tobytes())
+            for name, x in e.columns.items():
+                h.update(f"{name} {np.asarray(x).tolist()}".encode())
         return h.hexdigest()
 
 
@@ -67,31 +82,57 @@ class Prepared(NamedTuple):
     remarks: list[str]
 
 
-def prepare(data: Data, tokenizer: Any, seed: int, objective: str = "sft", virtual: Sequence[int] = ()) -> Prepared:
+def prepare(
+    data: Data,
+    tokenizer: Any,
+    seed: int,
+    objective: str = "sft",
+    virtual: Sequence[int] = (),
+    ask: AsConversation | None = None,
+) -> Prepared:
     """Read, split, encode and pack. The split is drawn by the seed, over examples, before packing.
 
-    Every text starts with the ids `virtual`, which count towards `max_length` and are not trained on.
+    Every text starts with the ids `virtual`, which count towards `max_length` and are not trained on. `ask` says how
+    the rows of named tasks become conversations.
     """
     train = [e for s in data.sources for e in formats.read(s)]
     validation = [e for s in data.validation_sources for e in formats.read(s)]
-    if not isinstance(data.validation, str) and data.validation > 0:
+    if isinstance(data.validation, int | float) and data.validation > 0:
         n = held_out(data.validation, len(train))
         order = np.random.default_rng(seed).permutation(len(train))
         validation = [train[i] for i in sorted(order[:n])]
         train = [train[i] for i in sorted(order[n:])]
     remarks: list[str] = []
+    train, validation = (
+        [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
+    )
     template = choose_template(data, tokenizer, [*train, *validation], remarks)
-    train_on = "all" if objective == "pretrain" else data.train_on
+    encoded = encoder(data, tokenizer, template, objective, virtual)
 
-    def ready(examples: list[formats.Example], name: str) -> Rows:
-        return to_rows(examples, tokenizer, template, data, train_on, name, remarks, virtual)
+    def ready(examples: list[Example], name: str) -> Rows:
+        return to_rows(examples, encoded, data, name, remarks)
 
     return Prepared(ready(train, "train"), ready(validation, "validation") if validation else None, template, remarks)
 
 
+def encoder(
+    data: Data, tokenizer: Any, template: str | None, objective: str, virtual: Sequence[int] = ()
+) -> Callable[[Example], Encoding]:
+    """How an example becomes tokens."""
+    room = data.max_length - len(virtual)
+    if room < 2:
+        raise UserError(
+            f"data.max_length={data.max_length} has no room beside {len(virtual)} virtual tokens; raise it, or lower "
+            "tuning.tokens"
+        )
+    train_on = "all" if objective == "pretrain" else data.train_on
+    s = Settings(template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual))
+    return lambda example: encode.encode(example, tokenizer, s)
+
+
 def choose_template(data: Data, tokenizer: Any, examples: Sequence[Any], remarks: list[str]) -> str | None:
     """The template of the conversations among the examples; None where there are none and none is asked for."""
-    kinds = {e.format for e in examples if isinstance(e, formats.Conversation)}
+    kinds = {e.format for e in examples if isinstance(e, Conversation)}
     if not kinds and data.template == "auto":
         return getattr(tokenizer, "chat_template", None)
     kind = "messages" if len(kinds) != 1 else kinds.pop()
@@ -115,44 +156,28 @@ def held_out(validation: float, n: int) -> int:
 
 
 def to_rows(
-    examples: Sequence[formats.Example],
-    tokenizer: Any,
-    template: str | None,
+    examples: Sequence[Example],
+    encoded: Callable[[Example], Encoding],
     data: Data,
-    train_on: str,
     name: str,
     remarks: list[str],
-    virtual: Sequence[int] = (),
 ) -> Rows:
     """Encode and pack; what is cut or left out is counted in `remarks`."""
-    T = data.max_length - len(virtual)  # room for text
-    if T < 2:
-        raise UserError(
-            f"data.max_length={data.max_length} has no room beside {len(virtual)} virtual tokens; raise it, or lower "
-            "tuning.tokens"
-        )
+    T = data.max_length
     kept: list[Encoded] = []
     origins: list[str] = []
-    cut = dropped = 0
+    outcomes: Counter[str] = Counter()
     for example in examples:
-        e = encode.encode(example, tokenizer, template, train_on)
-        pieces = [e]
-        if isinstance(example, formats.Document):
-            pieces = [Encoded(e.ids[i : i + T], e.mask[i : i + T]) for i in range(0, len(e.ids), T)]
-        elif len(e.ids) > T:
-            pieces, cut = [Encoded(e.ids[:T], e.mask[:T])], cut + 1
-        for p in pieces:
-            p = encode.with_virtual(virtual, p)
-            if not p.mask[1:].any():  # the first token is never predicted
-                dropped += isinstance(example, formats.Conversation)
-                continue
-            kept.append(p)
-            origins.append(example.origin)
-    if cut:
-        remarks.append(f"{name}: {cut} of {len(examples)} examples are longer than {T} tokens and were cut at the end")
-    if dropped:
-        remarks.append(f"{name}: {dropped} examples were left out, nothing to train on is within {T} tokens")
-    T = data.max_length
+        pieces, outcome = encoded(example)
+        outcomes[outcome] += 1
+        kept += pieces
+        origins += [example.origin] * len(pieces)
+    told = {
+        "cut": f"are longer than {T} tokens and were cut ({data.truncate})",
+        "long": f"are longer than {T} tokens and were left out",
+        "empty": f"were left out, nothing to train on is within {T} tokens",
+    }
+    remarks += [f"{name}: {outcomes[k]} of {len(examples)} examples {t}" for k, t in told.items() if outcomes[k]]
     if not kept:
         raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
     if data.packing:
@@ -162,7 +187,7 @@ def to_rows(
 
 
 class Batch(NamedTuple):
-    """Columns of `[B, T]`, and which rows they hold (-1 where a row is only filled up)."""
+    """Columns of `[B, T]` and others of `[B, …]`, and which rows they hold (-1 where a row is only filled up)."""
 
     columns: dict[str, np.ndarray]
     rows: np.ndarray
@@ -225,9 +250,8 @@ class Batches:
 
 def _collate(rows: Rows, size: int) -> Callable[[Sequence[tuple]], Batch]:
     def collate(items: Sequence[tuple]) -> Batch:
-        empty = [({c: np.zeros(rows.length, np.int32) for c in COLUMNS}, -1)] * (size - len(items))
-        filled = [*items, *empty]
-        columns = {c: np.stack([row[c] for row, _ in filled]) for c in COLUMNS}
+        filled = [*items, *[(rows.empty, -1)] * (size - len(items))]
+        columns = {c: np.stack([row[c] for row, _ in filled]) for c in rows.empty}
         return Batch(columns, np.array([i for _, i in filled], np.int64))
 
     return collate

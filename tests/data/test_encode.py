@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxtune.data import encode
-from jaxtune.data.formats import Conversation, Document, Message
+from jaxtune.data.encode import Settings
+from jaxtune.data.examples import Conversation, Document, Message
 from jaxtune.data.templates import TEMPLATES, choose
 from jaxtune.errors import UserError
 from jaxtune.hf import tokenizer
@@ -35,14 +36,14 @@ def trained(tok, e):
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_loss_falls_on_the_assistants_words_alone(words, name):
-    e = encode.encode(CHAT, words, TEMPLATES[name])
+    e = encode.tokens(CHAT, words, Settings(TEMPLATES[name]))
     got = trained(words, e)
     assert [t.removesuffix("</s>").removesuffix("<|im_end|>").removesuffix("<|eot_id|>") for t in got] == [
         "Hello!",
         "Fine, thanks.",
     ]
-    assert trained(words, encode.encode(CHAT, words, TEMPLATES[name], "last"))[0].startswith("Fine")
-    assert encode.encode(CHAT, words, TEMPLATES[name], "all").mask.all()
+    assert trained(words, encode.tokens(CHAT, words, Settings(TEMPLATES[name], "last")))[0].startswith("Fine")
+    assert encode.tokens(CHAT, words, Settings(TEMPLATES[name], "all")).mask.all()
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
@@ -63,7 +64,7 @@ def test_templates_of_real_tokenizers(assets, tmp_path, family):
             shutil.copyfile(f, tmp_path / f.name)
     tok = tokenizer.load(tmp_path)
     assert tok.chat_template
-    e = encode.encode(CHAT, tok, tok.chat_template)
+    e = encode.tokens(CHAT, tok, Settings(tok.chat_template))
     got = "".join(trained(tok, e))
     assert "Hello!" in got
     assert "Fine, thanks." in got
@@ -120,7 +121,7 @@ def test_published_encodings(assets, tmp_path):
 
 
 def test_a_document_is_closed_and_trained_on_throughout(words):
-    e = encode.encode(Document("the fox", "f:1"), words, None)
+    e = encode.tokens(Document("the fox", "f:1"), words, Settings())
     assert e.ids[0] == words.bos_token_id
     assert e.ids[-1] == words.eos_token_id
     assert e.mask.all()
@@ -129,19 +130,19 @@ def test_a_document_is_closed_and_trained_on_throughout(words):
 def test_a_template_that_rewrites_history_is_refused(words):
     forgetful = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
     with pytest.raises(UserError, match=r"f:1: the chat template rewrites turn 2.*train_on=last"):
-        encode.encode(CHAT, words, forgetful)
-    encode.encode(CHAT, words, forgetful, "last")
+        encode.tokens(CHAT, words, Settings(forgetful))
+    encode.tokens(CHAT, words, Settings(forgetful, "last"))
 
 
 def test_a_template_that_raises_is_reported(words):
     with pytest.raises(UserError, match=r"f:1: the chat template refuses the conversation: no"):
-        encode.encode(CHAT, words, "{{ raise_exception('no') }}")
+        encode.tokens(CHAT, words, Settings("{{ raise_exception('no') }}"))
 
 
 def test_a_conversation_without_an_answer(words):
     alone = Conversation((Message("user", "x"),), "messages", "f:3")
     with pytest.raises(UserError, match="f:3: has no assistant turn"):
-        encode.encode(alone, words, TEMPLATES["plain"])
+        encode.tokens(alone, words, Settings(TEMPLATES["plain"]))
 
 
 def test_choosing_a_template(tmp_path):
@@ -155,9 +156,8 @@ def test_choosing_a_template(tmp_path):
 
 
 def test_tokens_that_straddle_the_border_are_trained(words):
-    e = encode.encode(
-        Conversation((Message("user", "the f"), Message("assistant", "ox")), "x", "f:1"), words, TEMPLATES["plain"]
-    )
+    asked = Conversation((Message("user", "the f"), Message("assistant", "ox")), "x", "f:1")
+    e = encode.tokens(asked, words, Settings(TEMPLATES["plain"]))
     covered = words.decode(np.array(e.ids)[e.mask].tolist())
     assert covered.endswith("ox</s>")
 
@@ -171,4 +171,4 @@ def test_the_token_that_ends_a_turn(assets, words):
 
 def test_today_does_not_change_the_data(words):
     dated = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }}{% endfor %}"
-    assert words.decode(encode.encode(CHAT, words, dated, "all").ids.tolist()).startswith("2024-07-26")
+    assert words.decode(encode.tokens(CHAT, words, Settings(dated, "all")).ids.tolist()).startswith("2024-07-26")

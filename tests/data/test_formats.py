@@ -4,7 +4,7 @@ import pytest
 
 from jaxtune.config import Source
 from jaxtune.data import formats
-from jaxtune.data.formats import Conversation, Document, Message
+from jaxtune.data.examples import Conversation, Document, Message
 from jaxtune.errors import UserError
 
 

@@ -101,8 +101,8 @@ def test_long_answers_are_cut_and_long_prompts_left_out_and_said(tmp_path, words
     p = prepare(tmp_path, words, rows, max_length=16)
     assert len(p.train.examples) == 1
     assert len(p.train.examples[0].ids) == 16
-    assert any("2 of 2 examples are longer than 16" in r for r in p.remarks)
-    assert any("1 examples were left out" in r for r in p.remarks)
+    assert any("1 of 2 examples are longer than 16" in r for r in p.remarks)
+    assert any("1 of 2 examples were left out" in r for r in p.remarks)
 
 
 def test_nothing_left_is_an_error(tmp_path, words):

@@ -1,0 +1,43 @@
+"""The command line: `jaxtune VERB …`, with `key=value` over any config.
+
+Exit codes: 0 done, 2 something that the user can put right (one line says what), 75 stopped and saved, run it again.
+"""
+
+import errno
+import sys
+from typing import Any
+
+# ruff: noqa: I001
+from jaxtune.cli import run, use, models, recipes  # noqa: F401  (they add their verbs, in the order of --help)
+from jaxtune.cli.common import app
+from jaxtune.cli.recipes import recipe_folder
+from jaxtune.errors import Interrupted, UserError
+
+__all__ = ["main", "recipe_folder"]
+
+RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a verb; errors become one line and an exit code, or a stack trace with --debug."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app([a for a in arguments if a != "--debug"], standalone_mode=True)
+    except UserError as e:
+        if debug:
+            raise
+        _fail(str(e))
+    except OSError as e:
+        if debug or e.errno is None:
+            raise
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "look at the path and its rights; --debug shows where"
+        _fail(f"{e.filename or 'disk'}: {e.strerror}; {remedy}")
+    except Interrupted as e:
+        _fail(str(e), RESUME_ME)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    print(f"{'error' if code == 2 else 'stopped'}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,51 @@
+"""What the verbs share: the app, arguments of one meaning, the config that arguments name."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxtune import config
+from jaxtune.errors import UserError
+
+app = typer.Typer(
+    name="jaxtune",
+    help="Fine-tune large language models with JAX. `jaxtune VERB --help` tells more of a verb.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Pairs = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, and values over it.")
+]
+Target = Annotated[str, typer.Argument(help="A run folder, an export, or a model folder in Hugging Face format.")]
+Adapter = Annotated[str | None, typer.Option(help="A PEFT adapter folder to put on the model.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="A PEFT adapter folder to put on the model; several, to compare them."),
+]
+Dtype = Annotated[str, typer.Option(help="Compute in float32 or bfloat16.")]
+
+
+def read_config(arguments: list[str] | None) -> config.Config:
+    """The config that the arguments of a verb name: a file, if the first is none of key=value, and values over it."""
+    rest = list(arguments or [])
+    file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    if file is None and not rest:
+        raise UserError("neither a config nor a key=value was given; `jaxtune recipes ls` lists configs")
+    return config.load(file, config.parse_overrides(rest))
+
+
+def one_of(option: str, value: str, allowed: list[str]) -> None:
+    """Raises: UserError: the value of an option is not among those allowed."""
+    if value not in allowed:
+        raise UserError(f"{option} {value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def dtype_of(value: str) -> str:
+    """The value of --dtype, checked."""
+    one_of("--dtype", value, ["float32", "bfloat16"])
+    return value

@@ -1,0 +1,144 @@
+"""Verbs that use a model: evaluate, predict, chat."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxtune import config, log
+from jaxtune.cli.common import Adapter, Adapters, Dtype, Target, app, dtype_of, one_of
+from jaxtune.errors import UserError
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    data: Annotated[str, typer.Argument(help="A JSONL or CSV file, or demo.")],
+    keys: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the data section.")
+    ] = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    objective: Annotated[str | None, typer.Option(help="sft or pretrain; the run's own, else sft.")] = None,
+) -> None:
+    """Loss, perplexity and token accuracy on a data file; also written to scores.json in a run folder."""
+    from jaxtune import job, run, tuned
+    from jaxtune.data import pipeline
+
+    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    objective = objective or (trained.objective if trained else "sft")
+    one_of("--objective", objective, ["sft", "pretrain"])
+    if data == config.DEMO:
+        data = str(job.DEMO_FOLDER / "validation.jsonl")
+    model = tuned.open_model(target, adapter, dtype_of(dtype))
+    context = model.blueprint.decoder.context
+    own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
+    base = {"data": {"max_length": min(1024, context), **own}}
+    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
+    options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
+    prepared = pipeline.prepare(options, model.tokenizer, 0, objective, model.blueprint.virtual_ids)
+    for remark in prepared.remarks:
+        log.say(remark.replace("train:", f"{data}:"))
+    scores = model.scores(prepared.train, batch_size, objective)
+    log.table([(k, f"{v:.4f}") for k, v in scores.items()])
+    if (Path(target) / run.CONFIG).exists():
+        file = Path(target) / "scores.json"
+        log.write_whole(file, json.dumps({"data": data, **scores}, indent=2) + "\n")
+        log.say(f"written to {file}")
+
+
+MaxNew = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k likeliest; 0 is all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest that together have this probability.")]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens that are there already become less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be given several times.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+
+
+@app.command()
+def predict(
+    target: Target,
+    file: Annotated[str, typer.Argument(help="A JSONL or CSV file of prompts, in any of the data formats.")],
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="format or columns.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
+    adapter: Adapters = None,
+    dtype: Dtype = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows.")] = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    samples: Annotated[int, typer.Option(help="Answers per prompt, as a list `predictions`.")] = 1,
+    beams: Annotated[int, typer.Option(help="Above 1, beam search.")] = 1,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Add the log-probability of each new token.")] = False,
+) -> None:
+    """Answer every row of a file. With several adapters, the answers of each and of none stand side by side."""
+    from jaxtune import job, tuned
+    from jaxtune.generate import Sampling
+
+    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed, samples, beams)
+    if file == config.DEMO:
+        file = str(job.DEMO_FOLDER / "validation.jsonl")
+    model: tuned.Tuned | dict[str, tuned.Tuned]
+    if adapter is not None and len(adapter) > 1:
+        model = tuned.open_models(target, adapter, dtype_of(dtype))
+    else:
+        model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype))
+    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
+    given = {"data": {**given.get("data", {}), "train": file}}
+    source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
+    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
+    log.say(f"{n} answers written to {out}")
+
+
+@app.command()
+def chat(
+    target: Target,
+    adapter: Adapters = None,
+    dtype: Dtype = "float32",
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model: /reset forgets what was said, /exit (or the end of input) leaves.
+
+    Adapters share the base's arrays: /adapters lists them, /adapter NAME (or none) goes on with another, and /compare
+    TEXT shows what each and the base alone would answer.
+    """
+    from jaxtune import tuned
+    from jaxtune.chat import Chat
+    from jaxtune.generate import Sampling
+
+    s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
+    dtype_of(dtype)
+    models = tuned.open_models(target, adapter, dtype) if adapter else {target: tuned.open_model(target, None, dtype)}
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    talk = Chat(models, system, s, write)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        if text == "/exit":
+            break
+        try:
+            talk.read(text)
+        except UserError as e:
+            log.say(str(e))

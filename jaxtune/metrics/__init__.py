@@ -1,0 +1,1 @@
+"""Scores of predictions against references: numpy, scikit-learn, sacrebleu, rouge-score; no jax."""
