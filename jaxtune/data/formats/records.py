@@ -166,7 +166,7 @@ def _choice(row: Row, origin: str) -> dict[str, Any]:
     choices = texts(given, "choices", origin)
     if len(choices) < 2 or (names is not None and len(names) != len(choices)):
         raise UserError(f"{origin}: column 'choices' should be a list of two texts or more, got {row['choices']!r:.60}")
-    out = {"question": text(row["question"], "question", origin), "choices": choices}
+    out: dict[str, Any] = {"question": text(row["question"], "question", origin), "choices": choices}
     if "answer" in row:
         out["answer"] = _index(row["answer"], choices, names, origin)
     return out
