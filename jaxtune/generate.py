@@ -131,7 +131,8 @@ class Generator:
             at_BC, target_BC = np.zeros((2, B, C), np.int32)
             for row, i in enumerate(part):
                 (ids, start), first = pairs[i], len(self.first)
-                ids_BT[row, : first + len(ids)], segment_BT[row, : first + len(ids)] = [*self.first, *ids], 1
+                read = [*self.first, *ids[:-1]]  # after the last token nothing is asked
+                ids_BT[row, : len(read)], segment_BT[row, : len(read)] = read, 1
                 n = len(ids) - start
                 at_BC[row, :n], target_BC[row, :n] = first + np.arange(start - 1, len(ids) - 1), ids[start:]
             both = decoding.score(self.model, self.weights, ids_BT, segment_BT, at_BC, target_BC)
@@ -151,7 +152,7 @@ class Generator:
         )
         if not before:
             raise UserError(f"prompt {i + 1} is empty; give at least the token that texts begin with")
-        if len(whole) > self.context:
+        if len(whole) > self.context + 1:  # the last token is not read
             raise UserError(
                 f"prompt {i + 1} and its completion have {len(whole)} tokens; the model's context is {self._room()}; "
                 "shorten the prompt"
@@ -163,7 +164,7 @@ class Generator:
         return f"{self.context}" + (f" beside {self.virtual} virtual tokens" if self.virtual else "")
 
     def _length(self, pair: tuple[list[int], int]) -> int:
-        return len(self.first) + len(pair[0])
+        return len(self.first) + len(pair[0]) - 1
 
     def left_padded(self, texts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """`ids_BT` and `segment_BT` of texts, each after the virtual tokens, in so many rows."""

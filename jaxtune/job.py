@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, log, optim, sharding, tuning
+from jaxtune import blueprint, config, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
@@ -152,7 +152,10 @@ def prepare(c: Config) -> Job:
     vocab = vocabulary(c.vocabulary, words, rows, str(side))
     first = blueprint.table_rows(vocab, c.vocabulary.multiple)
     virtual = range(first, first + (c.tuning.tokens if isinstance(c.tuning, config.Prompt) else 0))
-    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
+    sets = data_with_demo(c.data)
+    ask = tasks.asking(sets) if c.objective in ("sft", "pretrain") else None
+    data = pipeline.prepare(sets, words, c.train.seed, c.objective, virtual, ask)
+    check_task(c, data)
     mesh = sharding.make_mesh(c.mesh)
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
@@ -188,6 +191,20 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
+
+
+def check_task(c: Config, data: Prepared) -> None:
+    """Ask the validation set as `evaluate.task` does, without a model.
+
+    Raises:
+      UserError: there is no such task, or nothing that it could ask.
+    """
+    if c.evaluate.task is None:
+        return
+    task = tasks.named(c.evaluate.task)
+    if not data.held:
+        raise UserError("evaluate.task answers the validation set, and there is none; set data.validation")
+    tasks.questions(task, data.held[: c.evaluate.max_samples], tasks.options_of(c.data))
 
 
 def optimiser(

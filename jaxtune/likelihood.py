@@ -81,8 +81,7 @@ def choose(
     order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
     for first in range(0, len(order), batch_size):
         part = order[first : first + batch_size]
-        for i, values in zip(part, _values(g, [asked[i] for i in part], g.eos if closed else ()), strict=True):
-            found[i] = values
+        found |= zip(part, _values(g, [asked[i] for i in part], g.eos if closed else ()), strict=True)
         said(len(found))
     return [
         [Choice(a, v, len(ids)) for a, v, ids in zip(answers[i], found[i], x.answers, strict=True)]

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
@@ -16,13 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, evaluate, log, optim, sharding
+from jaxtune import blueprint, config, evaluate, log, optim, scoring, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
+from jaxtune.data import encode
 from jaxtune.data.pipeline import Batch, Batches
 from jaxtune.errors import Interrupted, UserError
+from jaxtune.generate import Generator
 from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
@@ -135,7 +138,11 @@ def _loop(
     def on_evaluate(n: int, state: State) -> None:
         if held is not None:
             weights = measured(state)
-            runlog.evaluation(n, evaluate.scores(sums, weights, held, eval_batch, putter(job.mesh, None)))
+            values = evaluate.scores(sums, weights, held, eval_batch, putter(job.mesh, None))
+            if c.evaluate.task is not None:  # its accuracy is another than that of tokens
+                values["token_accuracy"] = values.pop("accuracy")
+                values |= answered(job, weights, eval_batch)
+            runlog.evaluation(n, values)
 
     def on_save(n: int, state: State) -> None:
         checkpoints.save(n, state.saved(), batches.state, about)
@@ -166,6 +173,15 @@ def _loop(
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         runlog.summary()
     return state
+
+
+def answered(job: Job, weights: Tree, batch_size: int) -> dict[str, float]:
+    """The scores of `evaluate.task`."""
+    c, b = job.config, job.blueprint
+    eos = {*tokenizer.eos_ids(b.folder, job.tokenizer), *encode.turn_end(job.tokenizer, job.data.template)}
+    model = type(b.model)(dataclasses.replace(b.model.c, remat="none"))
+    asked = scoring.Asked(Generator(model, weights, job.tokenizer, sorted(eos)), job.data.template, batch_size)
+    return scoring.in_loop(c.evaluate, c.data, job.data.held, asked)
 
 
 def measured(state: State) -> Tree:
@@ -259,9 +275,10 @@ def _card(job: Job, target: Path) -> str:
     c = job.config
     metrics = log.read_metrics(Path(c.output) / "metrics.jsonl")
     held = [m for m in metrics if "eval_loss" in m]
+    right = "eval_accuracy" if c.evaluate.task is None else "eval_token_accuracy"
     scores = (
         f"Validation loss {held[0]['eval_loss']:.4f} before and {held[-1]['eval_loss']:.4f} after, token accuracy "
-        f"{held[0]['eval_accuracy']:.4f} and {held[-1]['eval_accuracy']:.4f}.\n\n"
+        f"{held[0][right]:.4f} and {held[-1][right]:.4f}.\n\n"
         if held
         else ""
     )

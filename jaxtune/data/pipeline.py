@@ -80,6 +80,7 @@ class Prepared(NamedTuple):
     validation: Rows | None
     template: str | None
     remarks: list[str]
+    held: Sequence[Example] = ()  # the validation set as it was read, to be asked and scored
 
 
 def prepare(
@@ -103,6 +104,7 @@ def prepare(
         validation = [train[i] for i in sorted(order[:n])]
         train = [train[i] for i in sorted(order[n:])]
     remarks: list[str] = []
+    held = validation
     train, validation = (
         [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
     )
@@ -112,7 +114,8 @@ def prepare(
     def ready(examples: list[Example], name: str) -> Rows:
         return to_rows(examples, encoded, data, name, remarks)
 
-    return Prepared(ready(train, "train"), ready(validation, "validation") if validation else None, template, remarks)
+    rows = ready(train, "train"), ready(validation, "validation") if validation else None
+    return Prepared(*rows, template, remarks, held)
 
 
 def encoder(

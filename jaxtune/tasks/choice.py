@@ -14,7 +14,7 @@ from jaxtune.metrics.choice import Choice
 from jaxtune.tasks.base import Options, Row, Task, wanted
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     return f"Question: {row['question']}\nAnswer:\n"
 
 
@@ -34,7 +34,7 @@ def chance(rows: Sequence[Row], references: Sequence[int], options: Options) -> 
 TASK = Task(
     name="choice",
     format="choice",
-    ask=ask,
+    ask=_ask,
     answer=lambda row, origin: row["choices"][wanted(row, "answer", origin)],
     reference=lambda row: row.get("answer"),
     score=score,

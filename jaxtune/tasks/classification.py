@@ -17,13 +17,13 @@ from jaxtune.metrics.base import Scores
 from jaxtune.tasks.base import Options, Row, Task, wanted
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     listed = f"\nLabels: {', '.join(options.labels)}" if options.labels else ""
     second = f"\nSecond text: {row['text_pair']}" if row.get("text_pair") else ""
     return f"Which label fits?{listed}\nText: {row['text']}{second}\nLabel:\n"
 
 
-def answer(row: Row, origin: str) -> str:
+def _answer(row: Row, origin: str) -> str:
     label = wanted(row, "label", origin)
     if not isinstance(label, str) and any("," in name for name in label):
         raise UserError(f"{origin}: a label with a comma in it cannot stand in a list of labels; rename it")
@@ -63,8 +63,8 @@ def _set(labels: str | list[str]) -> set[str]:
 TASK = Task(
     name="classification",
     format="classification",
-    ask=ask,
-    answer=answer,
+    ask=_ask,
+    answer=_answer,
     reference=lambda row: row.get("label"),
     score=score,
     metric="accuracy",

@@ -10,7 +10,7 @@ from jaxtune.metrics.base import Scores
 from jaxtune.tasks.base import Options, Row, Task, wanted
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     return f"{row['question']}\nSolve it step by step and end with #### and the number.\nSolution:\n"
 
 
@@ -23,7 +23,7 @@ def score(predictions: Sequence[str], references: Sequence[str], options: Option
 TASK = Task(
     name="maths",
     format="maths",
-    ask=ask,
+    ask=_ask,
     answer=lambda row, origin: wanted(row, "answer", origin),
     reference=lambda row: row.get("answer"),
     score=score,

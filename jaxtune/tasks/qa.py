@@ -15,11 +15,11 @@ from jaxtune.tasks.base import Options, Row, Task, as_list, wanted
 NONE = "unanswerable"
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     return f"Answer the question with words of the text.\n{row['context']}\nQuestion: {row['question']}\nAnswer:\n"
 
 
-def answer(row: Row, origin: str) -> str:
+def _answer(row: Row, origin: str) -> str:
     return next(iter(wanted(row, "answers", origin)["text"]), NONE)
 
 
@@ -34,8 +34,8 @@ def score(predictions: Sequence[str], references: Sequence[str | list[str]], opt
 TASK = Task(
     name="qa",
     format="qa",
-    ask=ask,
-    answer=answer,
+    ask=_ask,
+    answer=_answer,
     reference=lambda row: None if row.get("answers") is None else list(row["answers"]["text"]),
     score=score,
     metric="f1",

@@ -11,7 +11,7 @@ from jaxtune.metrics.base import Scores, mean
 from jaxtune.tasks.base import Options, Row, Task, as_list, wanted
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     return f"Summarise the text.\n{row['document']}\nSummary:\n"
 
 
@@ -44,7 +44,7 @@ def _first(text: str, words: float) -> str:
 TASK = Task(
     name="summarisation",
     format="summarisation",
-    ask=ask,
+    ask=_ask,
     answer=lambda row, origin: wanted(row, "summary", origin),
     reference=reference,
     score=score,

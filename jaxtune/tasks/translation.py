@@ -1,7 +1,7 @@
 """Translation of a text.
 
     {"source": "A man is sleeping.", "target": "Ein Mann schläft."}
-    {"translation": {"en": "A man is sleeping.", "de": "Ein Mann schläft."}}   with data.columns {source: en, target: de}
+    {"en": "A man is sleeping.", "de": "Ein Mann schläft."}   (data.columns: {source: en, target: de})
 
 A target column that is named by a language's code names the language in the prompt, and decides the tokenisation.
 """
@@ -21,7 +21,7 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def ask(row: Row, options: Options) -> str:
+def _ask(row: Row, options: Options) -> str:
     into = LANGUAGES.get((options.language or "").split("-")[0])
     return f"Translate{f' into {into}' if into else ''}: {row['source']}\nTranslation:\n"
 
@@ -39,7 +39,7 @@ def copy(rows: Sequence[Row], references: Sequence[str | list[str]], options: Op
 TASK = Task(
     name="translation",
     format="translation",
-    ask=ask,
+    ask=_ask,
     answer=lambda row, origin: as_list(wanted(row, "target", origin))[0],
     reference=lambda row: row.get("target"),
     score=score,
