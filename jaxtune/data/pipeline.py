@@ -80,9 +80,9 @@ class Prepared(NamedTuple):
     validation: Rows | None
     template: str | None
     remarks: list[str]
+    held: Sequence[Example] = ()  # the validation set as it was read, to be asked and scored
     labels: tuple[str, ...] = ()  # of a head
     multi: bool = False  # whether a text has several
-    held: Sequence[Example] = ()  # the examples of the validation set
 
 
 def prepare(
@@ -106,6 +106,7 @@ def prepare(
         validation = [train[i] for i in sorted(order[:n])]
         train = [train[i] for i in sorted(order[n:])]
     remarks: list[str] = []
+    held = validation
     if objective in heads.READS:
         return _for_head(data, tokenizer, objective, train, validation)
     train, validation = (
@@ -117,13 +118,8 @@ def prepare(
     def ready(examples: list[Example], name: str) -> Rows:
         return to_rows(examples, encoded, data, name, remarks)
 
-    return Prepared(
-        ready(train, "train"),
-        ready(validation, "validation") if validation else None,
-        template,
-        remarks,
-        held=validation,
-    )
+    rows = ready(train, "train"), ready(validation, "validation") if validation else None
+    return Prepared(*rows, template, remarks, held)
 
 
 def _for_head(
@@ -139,7 +135,7 @@ def _for_head(
 
     rows = to_rows(train, encoded, data, "train", remarks)
     held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
-    return Prepared(rows, held, None, remarks, labels, multi, validation)
+    return Prepared(rows, held, None, remarks, validation, labels, multi)
 
 
 def head_settings(data: Data, objective: str, labels: tuple[str, ...], multi: bool) -> heads.HeadSettings:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune import run, tuned
-from tests.tiny import make_config, write_jsonl, write_tiny
+from tests.tiny import make_config, write_jsonl
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
