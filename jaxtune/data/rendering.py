@@ -100,7 +100,7 @@ def _ask(request: bytes, origin: str) -> dict:
 
 def _start() -> _Process:
     mine, its = multiprocessing.Pipe()
-    popen = subprocess.Popen(
+    popen = subprocess.Popen(  # noqa: S603 our own file, no shell
         [sys.executable, "-P", "-s", str(Path(__file__).with_name("renderer.py")), str(its.fileno())],
         pass_fds=[its.fileno()],
         stdin=subprocess.DEVNULL,
