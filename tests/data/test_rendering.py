@@ -108,7 +108,7 @@ def test_it_renders_as_transformers_does(assets):
         "{% generation %}{{ m.content | trim }}{% endgeneration %}{% if loop.index > 2 %}{% break %}{% endif %}\n"
         "{% endfor %}{{ tools | length if tools else 'none' }}{{ dict(a=1) }} {{ namespace(b=2).b }}\n"
     )
-    for template in (odd, *TEMPLATES.values()):
+    for template in (odd, *(TEMPLATES[n] for n in ("qwen3", "llama3_1", "deepseek_r1", "mistral_v7"))):
         for row in cases:
             m, tools, prompt = row["messages"], row["tools"], row["add_generation_prompt"]
             try:
@@ -144,3 +144,8 @@ def test_arguments_of_calls_as_the_template_wants_them():
 def test_text_of_every_kind_comes_back():
     odd = "\ud800 \x00 \n\r\u2028 😀 \ue000"
     assert text("{{ messages[0].content }}", [{"role": "user", "content": odd}]) == odd
+
+
+def test_what_is_not_json():
+    with pytest.raises(UserError, match=r"f:1: the conversation holds what is not JSON \(.*set"):
+        text("x", [{"role": "user", "content": "a", "when": {1}}])

@@ -135,3 +135,10 @@ def test_a_system_message_where_there_is_none(words):
 def test_templates_that_say_nothing_of_the_turns_are_refused(words):
     with pytest.raises(UserError, match=re.escape("set data.train_on=last")):
         encode.tokens(chat("q", "a", "r", "b"), words, Settings("{{ messages | length }}"))
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_a_tokenizer_without_a_token_to_begin_with(words, name, monkeypatch):
+    monkeypatch.setattr(words, "_special_tokens_map", {**words._special_tokens_map, "bos_token": None})
+    assert words.bos_token is None
+    assert "a" in "".join(learned(words, chat("q", "a"), TEMPLATES[name]))
