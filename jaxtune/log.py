@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _WARNED: set[str] = set()
+_QUIET = re.compile("precision|recall|micro|weighted|_answer_")  # scores that are written but not shown
 _WINDOW = 20  # steps over which the speed is taken
 
 
@@ -138,7 +140,8 @@ class RunLog:
         if any(m["step"] == n and "eval_loss" in m for m in self.history):
             return
         self.write(n, {f"eval_{k}": v for k, v in values.items()})
-        self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in values.items()))
+        told = {k: v for k, v in values.items() if not _QUIET.search(k)}
+        self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in told.items()))
         self._ticks.clear()  # the time of an evaluation is not that of steps
         self._idle_until = time.perf_counter()
         if not self._done:
@@ -165,7 +168,7 @@ class RunLog:
         """The first and the last scores on the validation set."""
         held = [m for m in self.history if "eval_loss" in m]
         if len(held) > 1:
-            names = [k for k in held[-1] if k.startswith("eval_")]
+            names = [k for k in held[-1] if k.startswith("eval_") and not _QUIET.search(k)]
             self.line("validation " + ", ".join(f"{k[5:]} {held[0][k]:.4f} → {held[-1][k]:.4f}" for k in names))
 
     def close(self) -> None:
