@@ -59,7 +59,8 @@ def score(
     def told(n: int) -> None:
         said(n, len(questions))
 
-    predictions: list[Any]
+    predictions: list[Any]  # as they are shown
+    scored: list[Any] | None = None  # and as they are scored, where that is something else
     extra: list[dict[str, Any]] = [{} for _ in questions]
     if task.decides == "labels" and all(isinstance(r, str) for r in references):
         labels = options.labels or label_names(references)
@@ -70,7 +71,7 @@ def score(
     elif task.decides == "choices":
         choices = [q.row["choices"] for q in questions]
         found, cut = likelihood.choose(asked.generator, prompts, choices, False, asked.batch_size, told)
-        predictions = list(found)
+        scored, predictions = list(found), [choice.best(cs) for cs in found]
         extra = [{"logprobs": [round(c.logprob, 5) for c in cs]} for cs in found]
     else:
         length = asked.max_new_tokens or task.max_new_tokens
@@ -80,12 +81,11 @@ def score(
             f"{cut} of {len(prompts)} prompts are too long for the model's context of {asked.generator.context} tokens "
             "beside their answers: their middle was left out"
         )
-    scores = task.score(predictions, references, options)
-    shown: list[Any] = [choice.best(p) for p in predictions] if task.decides == "choices" else predictions
+    scores = task.score(predictions if scored is None else scored, references, options)
     rows = [
         {
             "prompt": prompts[i],
-            "prediction": shown[i],
+            "prediction": predictions[i],
             "reference": q.reference,
             "origin": q.origin,
             **extra[i],
