@@ -132,26 +132,26 @@ def _generate(
     return [found[i] for i in range(len(ids))], sum(len(x) > room for x in ids)
 
 
-def table(task: Task, result: Result) -> list[tuple[str, str]]:
+def table(task: str, metric: str, result: Result) -> list[tuple[str, str]]:
     """Names and values to show, the baseline's beside."""
     name, base = result.baseline or ("", Scores({}))
-    rows = [(f"{task.name}, {len(result.rows)} rows", f"(baseline: {name})" if name else "")]
+    rows = [(f"{task}, {len(result.rows)} rows", f"(baseline: {name})" if name else "")]
     for k, v in result.scores.values.items():
         beside = f"   ({base.values[k]:.4f})" if k in base.values else ""
-        rows.append((k + (" *" if k == task.metric else ""), f"{v:.4f}{beside}"))
+        rows.append((k + (" *" if k == metric else ""), f"{v:.4f}{beside}"))
     signatures = result.scores.details.get("signatures", {})
     return [*rows, *[(f"signature of {k}", v) for k, v in signatures.items()]]
 
 
-def write(folder: Path, task: Task, result: Result, about: Mapping[str, Any]) -> list[Path]:
+def write(folder: Path, task: str, metric: str, result: Result, about: Mapping[str, Any]) -> list[Path]:
     """Write scores.json, predictions.jsonl and, of labels, confusion.png; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     packages = ("sacrebleu", "rouge-score", "scikit-learn", "jax", "transformers")
     versions = {p: importlib.metadata.version(p) for p in packages}
     base = {"name": result.baseline[0], **result.baseline[1].values} if result.baseline else None
     whole = {
-        "task": task.name,
-        "metric": task.metric,
+        "task": task,
+        "metric": metric,
         "rows": len(result.rows),
         **about,
         "scores": dict(result.scores.values),
