@@ -25,9 +25,10 @@ class Source(Strict):
     format: Format = "auto"
     """What a row holds; "auto" looks at the columns of the first row."""
     columns: dict[str, str] = {}
-    """Names of the columns in the file, where they differ: {prompt: question, completion: answer}."""
+    """Names of the columns in the file, where they differ: {prompt: question, completion: answer}; "" means none."""
     tags: dict[str, str] = {}
-    """Names inside of messages, where they differ: {role: from, content: value, user: human, assistant: gpt}."""
+    """Names inside of messages, where they differ: {role: from, content: value, user: human, assistant: gpt}. Also
+    separator, what stands between an alpaca instruction and its input: an empty line where not given."""
     split: str = "train"
     """Which split of a hub data set."""
     subset: str | None = None
