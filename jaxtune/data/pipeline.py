@@ -126,7 +126,9 @@ def encoder(
             "tuning.tokens"
         )
     train_on = "all" if objective == "pretrain" else data.train_on
-    s = Settings(template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual))
+    s = Settings(
+        template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual), data.train_on_space
+    )
     return lambda example: encode.encode(example, tokenizer, s)
 
 

@@ -1,6 +1,7 @@
 """LLaMA-Factory's keys of data and vocabulary as our sections."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.config.llamafactory.keys import Keys, short
@@ -83,7 +84,7 @@ def _mix(k: Keys) -> str:
 
 
 def _conversations(k: Keys) -> dict[str, Any]:
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"train_on_space": True}
     if k.flag("train_on_prompt") and k.flag("mask_history"):
         raise k.error("mask_history", "does not go with train_on_prompt; keep one")
     if k.flag("train_on_prompt"):
@@ -104,18 +105,23 @@ def _conversations(k: Keys) -> dict[str, Any]:
             raise k.error("template", f"is not known{short(nearest(name, known))}")
     if system := k.value("default_system", system):
         data["system"] = system
-    thinking = k.value("enable_thinking", "auto") if "enable_thinking" in k else "auto"
-    if k.flag("preserve_thinking"):
-        data["thinking"] = "keep"
-        if thinking is False:
-            raise k.error("preserve_thinking", "does not go with enable_thinking=false; keep one")
-    elif isinstance(thinking, bool):
-        data["thinking"] = "on" if thinking else "off"
-    elif thinking is None:
-        k.note("enable_thinking", "as the chat template does by itself")
-    elif thinking != "auto":
-        raise k.error("enable_thinking", "true, false or null was expected")
+    if (thinking := _thinking(k, data)) != "auto":
+        data["thinking"] = thinking
     return data
+
+
+def _thinking(k: Keys, data: Mapping[str, Any]) -> str:
+    """Reasoning, which there is an empty block of before each answer that has none; of templates that know it."""
+    if data["template"] not in ("auto", "qwen3", "deepseek_r1"):
+        return "auto"
+    wanted, kept = k.value("enable_thinking", True), k.flag("preserve_thinking")
+    if wanted not in (True, False, None):
+        raise k.error("enable_thinking", "true, false or null was expected")
+    if wanted is False:
+        if kept:
+            raise k.error("preserve_thinking", "does not go with enable_thinking=false; keep one")
+        return "off"
+    return "keep" if kept or (data["template"] == "qwen3" and data.get("train_on") != "last") else "auto"
 
 
 def vocabulary(k: Keys, tuning: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 _NOTED = {
     "attention is exact whatever computes it": "flash_attn",
     "a speed-up of another runtime; the step is compiled as a whole": (
-        "enable_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode use_kt "
-        "use_liger_kernel use_unsloth use_v1_kernels kt_expert_checkpoint_path kt_lora_expert_intermediate_size "
+        "enable_liger_kernel liger_kernel_config torch_compile torch_compile_backend torch_compile_mode torchdynamo "
+        "use_kt use_liger_kernel use_unsloth use_v1_kernels kt_expert_checkpoint_path kt_lora_expert_intermediate_size "
         "kt_lora_expert_num kt_use_lora_experts kt_weight_path tf32"
     ),
     "recomputing in the backward pass is train.remat, and gives the same result": (
@@ -18,7 +18,8 @@ _NOTED = {
     "devices share the work by mesh: mesh.fsdp=-1, the default, splits weights and optimiser's state over all": (
         "accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
         "ddp_static_graph ddp_timeout debug deepspeed fsdp fsdp_config hyper_parallel_args local_rank master_addr "
-        "master_port parallelism_config ray_init_kwargs ray_num_workers use_hyper_parallel use_mca"
+        "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap master_port parallelism_config "
+        "ray_init_kwargs ray_num_workers use_hyper_parallel use_mca"
     ),
     "no code that comes with a model or data is ever run; families that are known here need none": (
         "trust_remote_code"
@@ -55,7 +56,8 @@ _NOTED = {
         "include_for_metrics include_inputs_for_metrics jit_mode_eval low_cpu_mem_usage offload_folder past_index "
         "prediction_loss_only quantization_device_map skip_memory_metrics torch_empty_cache_steps upcast_layernorm "
         "upcast_lmhead_output use_cache use_cpu use_fast_tokenizer use_ipex use_kv_cache no_cuda use_mps_device "
-        "tpu_metrics_debug tpu_num_cores half_precision_backend fp16_backend fp16_opt_level mp_parameters ray_scope"
+        "use_legacy_prediction_loop tpu_metrics_debug tpu_num_cores "
+        "half_precision_backend fp16_backend fp16_opt_level mp_parameters ray_scope"
     ),
     "trained weights are float32 and the rest bfloat16 here; FP8 is a speed-up of some GPUs": (
         "fp8 fp8_backend fp8_enable_fsdp_float8_all_gather"
@@ -154,6 +156,9 @@ REFUSED: Mapping[str, Refusal] = {
     "new_special_tokens_config": Refusal((), "name the tokens in add_special_tokens"),
     "adapter_folder": Refusal((), "write the whole path in adapter_name_or_path"),
     "model_revision": Refusal(("main",), "download it (`hf download NAME --revision …`) and give the folder"),
+    "adafactor": Refusal(_OFF, "the nearest is optim=adamw_8bit, whose state is small too"),
+    "per_gpu_train_batch_size": Refusal((), "it is per_device_train_batch_size now"),
+    "per_gpu_eval_batch_size": Refusal((), "it is per_device_eval_batch_size now"),
     "optim_target_modules": Refusal((), "GaLore is use_galore=true, galore_target"),
     "optim_args": Refusal(("",), "the optimiser's keys are adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
 }  # fmt: skip
@@ -170,14 +175,16 @@ TEMPLATES: Mapping[str, tuple[str, str | None]] = {
     "empty": ("plain", None),
     "gemma": ("gemma", None),
     "gemma2": ("gemma", None),
+    "gemma3": ("gemma3", None),
     "llama2": ("llama2", None),
     "llama2_zh": ("llama2", SYSTEM_ZH),
     "llama3": ("llama3", None),
+    "ministral": ("mistral_v3_tekken", None),
     "mistral": ("mistral_v3", None),
-    "mistral_small": ("mistral_v7", None),
+    "mistral_small": ("mistral_v7_tekken", None),
     "phi": ("phi3", None),
     "phi4": ("phi4", None),
-    "qwen": ("chatml", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "qwen": ("qwen", None),
     "qwen3": ("qwen3", None),
     "qwen3_nothink": ("chatml", None),
     "smollm": ("chatml", None),
@@ -189,9 +196,9 @@ TEMPLATES: Mapping[str, tuple[str, str | None]] = {
 # Others of theirs, in whose place the tokenizer's own is taken.
 OTHER_TEMPLATES = frozenset(
     "aeva bailing bailing_v2 breeze chatglm3 cohere cpm4 dbrx deepseek deepseek3 deepseekcoder default ernie "
-    "ernie_nothink exaone falcon falcon_h1 fewshot gemma3 gemma3n gemma4 gemma4n glm4 glm4_7 glm4_moe glmz1 gpt_oss "
+    "ernie_nothink exaone falcon falcon_h1 fewshot gemma3n gemma4 gemma4n glm4 glm4_7 glm4_moe glmz1 gpt_oss "
     "granite3 granite4 hunyuan hunyuan_small hy3 index intern2 intern_s1 lfm2 llama4 mimo mimo_v2 minimax1 minimax2 "
-    "ministral ministral3 moonlight olmo openchat openchat-3.6 opencoder phi4_mini phi_small qwen3_5 qwen3_5_nothink "
+    "ministral3 moonlight olmo openchat openchat-3.6 opencoder phi4_mini phi_small qwen3_5 qwen3_5_nothink "
     "qwen3_6 sailor seed_coder seed_oss solar starchat telechat2 xuanyuan youtu yuan".split()
 )
 # Those of models that see or hear.
