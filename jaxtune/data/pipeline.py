@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import Data
-from jaxtune.data import encode, formats, templates
+from jaxtune.data import encode, formats, registry, templates
 from jaxtune.data.encode import Encoded, Encoding, Settings
 from jaxtune.data.examples import AsConversation, Conversation, Example, Record
 from jaxtune.data.packing import lay_out, pack
@@ -95,8 +95,9 @@ def prepare(
     Every text starts with the ids `virtual`, which count towards `max_length` and are not trained on. `ask` says how
     the rows of named tasks become conversations.
     """
-    train = [e for s in data.sources for e in formats.read(s)]
-    validation = [e for s in data.validation_sources for e in formats.read(s)]
+    sources, held_sources = registry.resolve(data)
+    train = [e for s in sources for e in formats.read(s)]
+    validation = [e for s in held_sources for e in formats.read(s)]
     if isinstance(data.validation, int | float) and data.validation > 0:
         n = held_out(data.validation, len(train))
         order = np.random.default_rng(seed).permutation(len(train))
