@@ -16,7 +16,29 @@ ROLES = ("system", "user", "assistant")
 ANSWERS = ("completion", "output")  # columns that a file of prompts may lack
 
 
-def read(source: Source, answers: bool = True) -> list[Example]:
+class Examples:
+    def __init__(self, source: Source, answers: bool = True, bad_rows: str = "stop") -> None:
+        self._all, self._n, self.skipped = read(source, answers), 0, []
+
+    def __iter__(self) -> "Examples":
+        return self
+
+    def __next__(self) -> Example:
+        if self._n == len(self._all):
+            raise StopIteration
+        self._n += 1
+        return self._all[self._n - 1]
+
+    @property
+    def state(self) -> dict:
+        return {"n": self._n}
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        self._n = state["n"]
+
+
+def read(source: Source, answers: bool = True, bad_rows: str = "stop", skipped: list | None = None) -> list[Example]:
     """All examples of a file; without `answers` a row may be a prompt alone.
 
     Raises:
