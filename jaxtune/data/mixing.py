@@ -14,7 +14,7 @@ def mixed(lengths: Sequence[int], weights: Sequence[float], how: str, seed: int)
     """Set and row of everything to train on; a function of the seed.
 
     >>> mixed([2, 4], [2, 0.5], "concat", seed=0)
-    [(0, 0), (0, 1), (0, 0), (0, 1), (1, 1), (1, 2)]
+    [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 3)]
     >>> mixed([2, 4], [1, 1], "interleave_under", seed=0)
     [(1, 0), (0, 0), (0, 1)]
     """

@@ -22,7 +22,7 @@ from jaxtune.data.encode import Encoding
 from jaxtune.data.examples import Example
 from jaxtune.errors import UserError
 
-WORTH = 5000  # examples below which processes take longer to start than they save
+WORTH = 8000  # examples below which processes take longer to start than they save
 _CHUNK = 200  # examples that go to a process at a time
 
 
