@@ -30,6 +30,7 @@ from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models import families
+from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
@@ -152,13 +153,23 @@ def prepare(c: Config) -> Job:
     vocab = vocabulary(c.vocabulary, words, rows, str(side))
     first = blueprint.table_rows(vocab, c.vocabulary.multiple)
     virtual = range(first, first + (c.tuning.tokens if isinstance(c.tuning, config.Prompt) else 0))
+    if c.objective in CLASSES and isinstance(c.tuning, config.Prompt | config.Prefix):
+        raise UserError(
+            f"objective {c.objective}: tuning.method={c.tuning.method} exports a prompt alone, without the head; take "
+            "lora, ia3, freeze or full"
+        )
     data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
+    head = TaskHead(c.objective, data.labels, data.multi) if c.objective in CLASSES else None
+    if head is not None and not head.opens_in_transformers(decoder.family):
+        log.warn(
+            f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
+        )
     mesh = sharding.make_mesh(c.mesh)
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple, c.train.param_dtype,
+        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
@@ -246,6 +257,8 @@ def _method(
 ) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
     method = tuning.make(tuning_config, decoder, training)
+    if decoder.task is not None:
+        method = method._replace(rules=[(f"^{decoder.task.module}/", tuning_method.TRAIN), *method.rules])
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 

@@ -1,5 +1,6 @@
 """From sources to rows: read, split, mixed, encoded (in processes, or from the cache), packed or put into buckets."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import Data, Source
-from jaxtune.data import encode, formats, templates, token_cache, workers
+from jaxtune.data import encode, formats, heads, reading, registry, templates, token_cache, workers
 from jaxtune.data.batches import Batch, Batches, Rows, told
 from jaxtune.data.encode import Encoded, Encoding, Settings
 from jaxtune.data.examples import AsConversation, Conversation, Example, Record
@@ -29,6 +30,9 @@ class Prepared(NamedTuple):
     validation: Rows | None
     template: str | None
     remarks: list[str]
+    labels: tuple[str, ...] = ()  # of a head
+    multi: bool = False  # whether a text has several
+    held: Sequence[Example] = ()  # the examples of the validation set
 
     @property
     def rows(self) -> Rows:
@@ -62,16 +66,18 @@ def prepare(
     the rows of named tasks become conversations. Where `data.streaming` is set, `train` is read later.
     """
     remarks: list[str] = []
-    sources, held_sources = data.sources, data.validation_sources
+    sources, held_sources = registry.resolve(data)
     validation = [e for s in held_sources for e in _read(s, data, remarks)]
     if data.streaming:
         _check_streaming(data, objective)
-        train = [_first(s, data) for s in sources]
+        train = [next(_examples(s, data)) for s in sources]  # the template is chosen by them
     else:
         sets = [_read(s, data, remarks) for s in sources]
         if isinstance(data.validation, int | float) and data.validation > 0:
             sets, validation = _split(sets, data.validation, seed)
         train = sets[0] if len(sets) == 1 and sources[0].weight == 1 else _mix(data, sources, sets, seed, remarks)
+    if objective in heads.READS:
+        return _for_head(data, tokenizer, objective, train, validation, remarks)
     train, validation = (
         [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
     )
@@ -88,13 +94,30 @@ def prepare(
                 f"streaming with data.mix=concat: sets come one after the other, shuffled among "
                 f"{data.shuffle_buffer:,} examples only; data.mix=interleave_over mixes them"
             )
-        stream = Stream(data, sources, lambda s: formats.Examples(s, True, data.bad_rows), encoded, _held(sources), ask)
-        return Prepared(stream, held, template, remarks)
-    return Prepared(ready(train, "train"), held, template, remarks)
+        stream = Stream(data, sources, functools.partial(_examples, data=data), encoded, _contents(sources), ask)
+        return Prepared(stream, held, template, remarks, held=validation)
+    return Prepared(ready(train, "train"), held, template, remarks, held=validation)
 
 
-def _files(path: str) -> list[Path]:
-    return [Path(path)] if Path(path).is_file() else []
+def _for_head(
+    data: Data,
+    tokenizer: Any,
+    objective: str,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    remarks: list[str],
+) -> Prepared:
+    """The same for a head: no template, but labels."""
+    labels, multi = heads.label_names(heads.records(train, objective), objective, data.labels)
+    encoded = Encoder(heads.encode, tokenizer, head_settings(data, objective, labels, multi))
+    rows = to_rows(train, encoded, data, "train", remarks)
+    held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
+    return Prepared(rows, held, None, remarks, labels, multi, validation)
+
+
+def head_settings(data: Data, objective: str, labels: tuple[str, ...], multi: bool) -> heads.HeadSettings:
+    """What the tokens of a head's records depend on."""
+    return heads.HeadSettings(objective, labels, multi, data.max_length, data.truncate, data.stride, data.prompt)
 
 
 def _check_streaming(data: Data, objective: str) -> None:
@@ -107,11 +130,8 @@ def _check_streaming(data: Data, objective: str) -> None:
         )
 
 
-def _first(source: Source, data: Data) -> Example:
-    """The first example of a source: what the template is chosen by."""
-    for example in formats.Examples(source, True, data.bad_rows):
-        return example
-    raise UserError(f"{source.path}: no row of it could be read; mend it, or set data.bad_rows=stop")
+def _examples(source: Source, data: Data) -> formats.Examples:
+    return formats.Examples(source, bad_rows=data.bad_rows)
 
 
 def _read(source: Source, data: Data, remarks: list[str]) -> list[Example]:
@@ -154,15 +174,28 @@ def _mix(
     return [sets[k][i] for k, i in picks]
 
 
-def _held(sources: Sequence[Source]) -> str:
+def _contents(sources: Sequence[Source]) -> str:
     """A hash of what sources hold, for which they need not be read: settings, sizes of files and their beginnings."""
     h = hashlib.blake2b(digest_size=16)
     for s in sources:
         h.update(repr(s.model_copy(update={"path": ""})).encode())
-        for file in _files(s.path):
-            with file.open("rb") as f:
-                h.update(f"{file.stat().st_size}".encode() + f.read(1 << 20))
+        for place in reading.places(s.path):
+            if "://" in place:
+                h.update(f"{place} {_version(place)}".encode())
+                continue
+            with Path(place).open("rb") as f:
+                h.update(f"{Path(place).stat().st_size}".encode() + f.read(1 << 20))
     return h.hexdigest()
+
+
+def _version(address: str) -> str:
+    """What an object store says of a file; nothing of a data set of the hub, whose address may hold a revision."""
+    if reading.hub.is_hub(address):
+        return ""
+    import fsspec
+
+    store, path = fsspec.core.url_to_fs(address)
+    return str(store.checksum(path))
 
 
 def encoder(data: Data, tokenizer: Any, template: str | None, objective: str, virtual: Sequence[int] = ()) -> Encoder:

@@ -22,6 +22,7 @@ from jaxtune.data import workers
 from jaxtune.data.batches import Batch, stacked, told
 from jaxtune.data.encode import Encoded
 from jaxtune.data.examples import AsConversation, Example, Record
+from jaxtune.data.formats import Examples
 from jaxtune.data.packing import lay_out, pack
 from jaxtune.data.token_cache import Encoder
 from jaxtune.errors import UserError
@@ -30,13 +31,15 @@ WINDOW = 1000  # examples that are packed together, at least
 WINDOW_ROWS = 64  # rows' worth of tokens that are packed together, at least
 _AHEAD = 3  # batches made before they are asked for
 
-Reader = Any  # of formats.Examples: an iterator of examples with `state` and `skipped`
 
 
 class Reading:
-    """Examples of several sources in the order that `data.mix` asks for, beginning again where they end."""
+    """Examples of several sources in the order that `data.mix` asks for, beginning again where they end.
 
-    def __init__(self, data: Data, sources: Sequence[Source], reader: Callable[[Source], Reader]) -> None:
+    A source without any raises by itself, so none is begun again for ever.
+    """
+
+    def __init__(self, data: Data, sources: Sequence[Source], reader: Callable[[Source], Examples]) -> None:
         self._how, self._sources, self._reader = data.mix, sources, reader
         self._readers = [reader(s) for s in sources]
         self._passes = [0] * len(sources)  # how often each was begun again
@@ -107,10 +110,6 @@ class Reading:
         self._skipped[k] = self._left_out(k)
         self._passes[k] += 1
         self._readers[k] = self._reader(self._sources[k])
-        begun = self._readers[k].state
-        if next(self._readers[k], None) is None:
-            raise UserError(f"{self._sources[k].path}: no row of it could be read; mend it, or set data.bad_rows=stop")
-        self._readers[k].state = begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Stream:
 
     data: Data
     sources: Sequence[Source]
-    reader: Callable[[Source], Reader]
+    reader: Callable[[Source], Examples]
     encoder: Encoder
     files: str  # a hash of what the sources hold
     ask: AsConversation | None = None

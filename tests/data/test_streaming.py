@@ -85,7 +85,7 @@ def test_it_goes_on_exactly_and_reads_no_more_than_a_block_again(words, files, m
         again = made.batches(3, seed=4)
         read.clear()
         again.state = state
-        assert read["n"] <= 2 * 20  # of a block; some of it is not drawn, and begun again costs a look
+        assert read["n"] <= 2 * 20  # of a block; some of them are not drawn
         equal(first(again, 45 - k), whole[k:])
         assert again.remarks == whole_remarks(made, 45)
         again.close()

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_a_key_is_the_same_in_another_process(words, tiny):
         f"e = token_cache.Encoder(encode.encode, tokenizer.load(Path({str(tiny)!r})), encode.Settings()); "
         "from jaxtune.data.examples import Document; print(token_cache.key(e, [Document('fox', 'a:1')]))"
     )
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert out.stdout.strip() == key(words)
 

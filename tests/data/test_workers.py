@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,8 +67,9 @@ while True:
 def test_nothing_is_left_when_the_caller_goes(tmp_path, how):
     code = tmp_path / "caller.py"  # not guarded by __name__: it is not run again in the processes
     code.write_text(CALLER)
-    caller = subprocess.Popen([sys.executable, str(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with caller:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    args = [sys.executable, str(code)]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as caller:
         pid = int(caller.stdout.readline())
         caller.send_signal(how)
     for _ in range(500):
