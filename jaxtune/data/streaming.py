@@ -32,7 +32,6 @@ WINDOW_ROWS = 64  # rows' worth of tokens that are packed together, at least
 _AHEAD = 3  # batches made before they are asked for
 
 
-
 class Reading:
     """Examples of several sources in the order that `data.mix` asks for, beginning again where they end.
 
