@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, log, optim, sharding, tuning
+from jaxtune import blueprint, config, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
@@ -158,7 +158,10 @@ def prepare(c: Config) -> Job:
             f"objective {c.objective}: tuning.method={c.tuning.method} exports a prompt alone, without the head; take "
             "lora, ia3, freeze or full"
         )
-    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
+    sets = data_with_demo(c.data)
+    ask = tasks.asking(sets) if c.objective in ("sft", "pretrain") else None
+    data = pipeline.prepare(sets, words, c.train.seed, c.objective, virtual, ask)
+    check_task(c, data)
     head = TaskHead(c.objective, data.labels, data.multi) if c.objective in CLASSES else None
     if head is not None and not head.opens_in_transformers(decoder.family):
         log.warn(
@@ -199,6 +202,20 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
+
+
+def check_task(c: Config, data: Prepared) -> None:
+    """Ask the validation set as `evaluate.task` does, without a model.
+
+    Raises:
+      UserError: there is no such task, or nothing that it could ask.
+    """
+    if c.evaluate.task is None:
+        return
+    task = tasks.named(c.evaluate.task)
+    if not data.held:
+        raise UserError("evaluate.task answers the validation set, and there is none; set data.validation")
+    tasks.questions(task, data.held[: c.evaluate.max_samples], tasks.options_of(c.data))
 
 
 def optimiser(

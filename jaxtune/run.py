@@ -8,7 +8,7 @@ import fcntl
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, evaluate, head_scores, log, optim, sharding
+from jaxtune import blueprint, config, log, measuring, optim, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
-from jaxtune.data import pipeline
 from jaxtune.data.batches import Batch, Batches
 from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
@@ -30,7 +29,6 @@ from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
     Steps,
-    apply_of,
     check_disk,
     compile_step,
     data_with_demo,
@@ -41,7 +39,6 @@ from jaxtune.job import (
 )
 from jaxtune.layers import unbox
 from jaxtune.nodes import soft_prompt
-from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import adalora
 from jaxtune.tuning import method as tuning_method
@@ -125,7 +122,7 @@ def _loop(
     c, held = job.config, job.data.validation
     runlog = log.RunLog(Path(c.output), start, job.steps, c.evaluate.metric)
     rate = optim.schedule(c.optim, job.steps)
-    measure = _measure(job)
+    measure = measuring.make(job)
     best = Best(Path(c.output), c.evaluate, runlog.history, start) if held is not None else None
 
     def on_log(n: int, values: dict[str, float], batch: Batch) -> None:
@@ -176,28 +173,6 @@ def _loop(
         runlog.summary()
         kept = None if best is None else best.restored(job.state.trainable)
     return measured(state) if kept is None else tuning_method.join(kept, state.frozen)
-
-
-def _measure(job: Job) -> Callable[[Tree], dict[str, float]]:
-    """How weights are measured on the validation set: the objective's sums, and the scores of a head's task."""
-    c, held = job.config, job.data.validation
-    apply, put = apply_of(job.blueprint), putter(job.mesh, None)
-    sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
-    size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
-    head = job.blueprint.decoder.task
-    logits = None if head is None else jax.jit(head_scores.make_logits(apply, head.kind))
-
-    def measure(weights: Tree) -> dict[str, float]:
-        assert held is not None
-        values = evaluate.scores(sums, weights, held, size, put)
-        if head is None or logits is None:
-            return values
-        found = head_scores.outputs(logits, weights, held, size, put, head.kind)
-        s = pipeline.head_settings(c.data, head.kind, head.labels, head.multi)
-        scores, _ = head_scores.evaluate(s, job.tokenizer, job.data.held, found)  # type: ignore[arg-type]
-        return {"loss": values["loss"], **scores.values}
-
-    return measure
 
 
 def measured(state: State) -> Tree:

@@ -30,9 +30,9 @@ class Prepared(NamedTuple):
     validation: Rows | None
     template: str | None
     remarks: list[str]
+    held: Sequence[Example] = ()  # the validation set as it was read, to be asked and scored
     labels: tuple[str, ...] = ()  # of a head
     multi: bool = False  # whether a text has several
-    held: Sequence[Example] = ()  # the examples of the validation set
 
     @property
     def rows(self) -> Rows:
@@ -78,6 +78,7 @@ def prepare(
         train = sets[0] if len(sets) == 1 and sources[0].weight == 1 else _mix(data, sources, sets, seed, remarks)
     if objective in heads.READS:
         return _for_head(data, tokenizer, objective, train, validation, remarks)
+    held = validation
     train, validation = (
         [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
     )
@@ -87,7 +88,7 @@ def prepare(
     def ready(examples: list[Example], name: str) -> Rows:
         return to_rows(examples, encoded, data, name, remarks)
 
-    held = ready(validation, "validation") if validation else None
+    held_rows = ready(validation, "validation") if validation else None
     if data.streaming:
         if len(sources) > 1 and data.mix == "concat":
             remarks.append(
@@ -95,8 +96,8 @@ def prepare(
                 f"{data.shuffle_buffer:,} examples only; data.mix=interleave_over mixes them"
             )
         stream = Stream(data, sources, functools.partial(_examples, data=data), encoded, _contents(sources), ask)
-        return Prepared(stream, held, template, remarks, held=validation)
-    return Prepared(ready(train, "train"), held, template, remarks, held=validation)
+        return Prepared(stream, held_rows, template, remarks, held)
+    return Prepared(ready(train, "train"), held_rows, template, remarks, held)
 
 
 def _for_head(
@@ -112,7 +113,7 @@ def _for_head(
     encoded = Encoder(heads.encode, tokenizer, head_settings(data, objective, labels, multi))
     rows = to_rows(train, encoded, data, "train", remarks)
     held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
-    return Prepared(rows, held, None, remarks, labels, multi, validation)
+    return Prepared(rows, held, None, remarks, validation, labels, multi)
 
 
 def head_settings(data: Data, objective: str, labels: tuple[str, ...], multi: bool) -> heads.HeadSettings:

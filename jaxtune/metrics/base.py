@@ -10,7 +10,7 @@ class Scores(NamedTuple):
     """Values by name, and what stands behind them."""
 
     values: dict[str, float]
-    details: dict[str, Any] = {}  # as JSON has it: per class, confusion, signatures
+    details: Mapping[str, Any] = {}  # as JSON has it: per class, confusion, signatures
     rows: Mapping[str, list[float]] = {}  # a value for each prediction, in their order, where that makes sense
 
 
@@ -18,7 +18,7 @@ GREATER = frozenset(
     "accuracy precision recall f1 precision_macro recall_macro f1_macro precision_micro recall_micro f1_micro "
     "precision_weighted recall_weighted f1_weighted f1_samples mcc exact_match exact_match_flexible pearson spearman "
     "has_answer_exact_match has_answer_f1 no_answer_exact_match no_answer_f1 bleu chrf rouge1 rouge2 rougeL rougeLsum "
-    "distinct1 distinct2 mean_length acc acc_norm acc_token".split()
+    "distinct1 distinct2 mean_length acc acc_norm acc_token token_accuracy".split()
 )
 LOWER = frozenset({"loss", "perplexity", "ter", "mse", "mae"})
 

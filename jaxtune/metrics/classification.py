@@ -118,7 +118,7 @@ def _confusion(y_pred: list[str], y_true: list[str], names: list[str]) -> np.nda
 
 
 def _averages(y_true: Any, y_pred: Any, labels: list) -> dict[str, float]:
-    values = {}
+    values: dict[str, float] = {}
     for average in ("macro", "micro", "weighted"):
         found = _prf(y_true, y_pred, labels, average)
         values |= {f"{k}_{average}": v for k, v in zip(("precision", "recall", "f1"), found, strict=True)}

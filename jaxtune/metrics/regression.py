@@ -11,8 +11,8 @@ from jaxtune.metrics.base import Scores
 def score(predictions: Sequence[float], references: Sequence[float]) -> Scores:
     """Mean squared and absolute error, Pearson's and Spearman's correlation (0 where one side does not vary).
 
-    >>> score([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]).values["spearman"]
-    1.0
+    >>> score([1.0, 2.0, 4.0], [1.0, 2.0, 2.0]).values["mae"]
+    0.6666666666666666
 
     Raises:
       UserError: there is nothing to score, or a number is not finite.

@@ -1,6 +1,7 @@
-"""BLEU (Papineni et al., 2002), chrF (Popović, 2015) and TER (Snover et al., 2006) by sacrebleu, with its signatures."""
+"""BLEU (Papineni et al., 2002), chrF (Popović, 2015) and TER (Snover et al., 2006) by sacrebleu, with signatures."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtune.errors import UserError
 from jaxtune.metrics import language as languages
@@ -26,7 +27,7 @@ def score(predictions: Sequence[str], references: Sequence[str | Sequence[str]],
     several = [[r] if isinstance(r, str) else list(r) for r in references]
     target = languages.of((t for texts in several for t in texts), language)
     width = max(map(len, several))
-    streams = [[texts[i] if i < len(texts) else None for texts in several] for i in range(width)]
+    streams: list[Any] = [[texts[i] if i < len(texts) else None for texts in several] for i in range(width)]
     asian = target in TOKENISERS
     bleu = BLEU(tokenize=TOKENISERS.get(target, "13a"))
     by_row = BLEU(tokenize=TOKENISERS.get(target, "13a"), effective_order=True)
