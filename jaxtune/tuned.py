@@ -22,6 +22,7 @@ from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
 from jaxtune.hf import adapters, several, soft_prompts, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.models import heads
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
@@ -238,7 +239,10 @@ def draw(
         return frozen._replace(wrap=read.on(decoder), made=True, virtual=read.virtual)
 
     vocab = read.rows() if read else None
-    return blueprint.draw(model, method, mesh, dtype, adapter=read, vocab=vocab, groups=groups)
+    task: Any = "own"
+    if (side := getattr(read, "folder", None)) is not None and (side / "config.json").exists():
+        task = heads.from_hf(blueprint.read_config(side))  # an adapter that brings a head says so there
+    return blueprint.draw(model, method, mesh, dtype, adapter=read, vocab=vocab, groups=groups, task=task)
 
 
 def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:

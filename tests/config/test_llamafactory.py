@@ -240,9 +240,9 @@ def test_a_config_for_inference_names_chat():
 MEANT = {
     "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "adapter_name_or_path": "x",
     "add_special_tokens": "<x>", "add_tokens": "<x>", "additional_target": "lm_head", "bf16": True,
-    "buffer_size": (9, {"streaming": True, "max_steps": 2}), "create_new_adapter": (True, {"adapter_name_or_path": "x"}),
-    "cutoff_len": 99, "data_seed": 1, "dataset": "z",
-    "dataset_dir": "elsewhere", "default_system": "x", "disable_gradient_checkpointing": True, "do_train": True,
+    "buffer_size": (9, {"streaming": True, "max_steps": 2}),
+    "create_new_adapter": (True, {"adapter_name_or_path": "x"}), "cutoff_len": 99,
+    "data_seed": 1, "dataset": "z", "dataset_dir": "elsewhere", "default_system": "x", "disable_gradient_checkpointing": True, "do_train": True,
     "early_stopping_steps": 2, "enable_thinking": (False, {"template": "qwen3"}), "eval_dataset": "z", "eval_steps": 7,
     "eval_strategy": ("steps", {"val_size": 2}), "export_dir": "x", "finetuning_type": "full", "fp16": True,
     "freeze_extra_modules": ("norm", {"finetuning_type": "freeze"}),
