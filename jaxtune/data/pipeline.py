@@ -208,7 +208,9 @@ def encoder(data: Data, tokenizer: Any, template: str | None, objective: str, vi
             "tuning.tokens"
         )
     train_on = "all" if objective == "pretrain" else data.train_on
-    s = Settings(template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual), data.train_on_space)
+    s = Settings(
+        template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual), data.train_on_space
+    )
     return Encoder(encode.encode, tokenizer, s)
 
 

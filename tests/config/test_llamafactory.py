@@ -238,36 +238,31 @@ def test_a_config_for_inference_names_chat():
 
 # A value of each key that asks for something else than its default, beside what it needs to have a meaning.
 MEANT = {
-    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "adapter_name_or_path": "x",
-    "add_special_tokens": "<x>", "add_tokens": "<x>", "additional_target": "lm_head", "bf16": True,
-    "buffer_size": (9, {"streaming": True, "max_steps": 2}),
-    "create_new_adapter": (True, {"adapter_name_or_path": "x"}), "cutoff_len": 99,
-    "data_seed": 1, "dataset": "z", "dataset_dir": "elsewhere", "default_system": "x", "disable_gradient_checkpointing": True, "do_train": True,
-    "early_stopping_steps": 2, "enable_thinking": (False, {"template": "qwen3"}), "eval_dataset": "z", "eval_steps": 7,
-    "eval_strategy": ("steps", {"val_size": 2}), "export_dir": "x", "finetuning_type": "full", "fp16": True,
-    "freeze_extra_modules": ("norm", {"finetuning_type": "freeze"}),
-    "freeze_trainable_layers": (1, {"finetuning_type": "freeze"}),
-    "freeze_trainable_modules": ("mlp", {"finetuning_type": "freeze"}),
-    **{k: (v, {"finetuning_type": "full", "use_galore": True}) for k, v in {
-        "galore_proj_type": "left", "galore_rank": 2, "galore_scale": 1.5, "galore_target": "q_proj",
-        "galore_update_interval": 3}.items()},
+    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "adapter_name_or_path": "x", "add_special_tokens":
+    "<x>", "add_tokens": "<x>", "additional_target": "lm_head", "bf16": True, "buffer_size": (9, {"streaming": True,
+    "max_steps": 2}), "create_new_adapter": (True, {"adapter_name_or_path": "x"}), "cutoff_len": 99, "data_seed": 1,
+    "dataset": "z", "dataset_dir": "elsewhere", "default_system": "x", "disable_gradient_checkpointing": True,
+    "do_train": True, "early_stopping_steps": 2, "enable_thinking": (False, {"template": "qwen3"}), "eval_dataset":
+    "z", "eval_steps": 7, "eval_strategy": ("steps", {"val_size": 2}), "export_dir": "x", "finetuning_type": "full",
+    "fp16": True, "freeze_extra_modules": ("norm", {"finetuning_type": "freeze"}), "freeze_trainable_layers": (1,
+    {"finetuning_type": "freeze"}), "freeze_trainable_modules": ("mlp", {"finetuning_type": "freeze"}), **{k: (v,
+    {"finetuning_type": "full", "use_galore": True}) for k, v in { "galore_proj_type": "left", "galore_rank": 2,
+    "galore_scale": 1.5, "galore_target": "q_proj", "galore_update_interval": 3}.items()},
     "gradient_accumulation_steps": 3, "interleave_probs": ("1,2", {"mix_strategy": "interleave_under"}),
-    "learning_rate": 1, "load_best_model_at_end": True, "logging_steps": 3, "logging_strategy": "epoch",
-    "lora_alpha": 3, "lora_dropout": 0.5, "lora_rank": 3, "lora_target": "q_proj", "loraplus_lr_ratio": 4,
-    "lr_scheduler_kwargs": ({"min_lr": 1e-6}, {"lr_scheduler_type": "cosine_with_min_lr"}),
-    "lr_scheduler_type": "cosine",
-    "mask_history": True, "max_grad_norm": 2, "max_samples": 3, "max_steps": 3,
-    "metric_for_best_model": ("accuracy", {"load_best_model_at_end": True}), "mix_strategy": "interleave_once",
-    "model_name_or_path": "other", "moe_aux_loss_coef": 0.1, "neat_packing": True, "neftune_noise_alpha": 5,
-    "num_train_epochs": 2, "optim": "sgd", "output_dir": "z", "overwrite_output_dir": True, "packing": True,
-    "per_device_eval_batch_size": (3, {"val_size": 2}), "per_device_train_batch_size": 3, "pissa_init": True,
-    "preprocessing_num_workers": 3, "preserve_thinking": (True, {"template": "qwen3", "mask_history": True}),
-    "pure_bf16": True, "quantization_bit": 4, "quantization_method": ("hqq", {"quantization_bit": 4}),
-    "quantization_type": ("fp4", {"quantization_bit": 4}), "resize_vocab": True, "resume_from_checkpoint": "x",
-    "save_steps": 3, "save_strategy": "no", "save_total_limit": 2, "seed": 3, "stage": "pt",
-    "streaming": (True, {"max_steps": 2}), "template": "llama3", "tokenized_path": "x", "train_on_prompt": True,
-    "use_dora": True, "use_galore": (True, {"finetuning_type": "full"}), "use_muon": True, "use_rslora": True,
-    "val_size": 0.2, "warmup_ratio": 0.2, "warmup_steps": 3, "weight_decay": 0.2,
+    "learning_rate": 1, "load_best_model_at_end": True, "logging_steps": 3, "logging_strategy": "epoch", "lora_alpha":
+    3, "lora_dropout": 0.5, "lora_rank": 3, "lora_target": "q_proj", "loraplus_lr_ratio": 4, "lr_scheduler_kwargs":
+    ({"min_lr": 1e-6}, {"lr_scheduler_type": "cosine_with_min_lr"}), "lr_scheduler_type": "cosine", "mask_history":
+    True, "max_grad_norm": 2, "max_samples": 3, "max_steps": 3, "metric_for_best_model": ("accuracy",
+    {"load_best_model_at_end": True}), "mix_strategy": "interleave_once", "model_name_or_path": "other",
+    "moe_aux_loss_coef": 0.1, "neat_packing": True, "neftune_noise_alpha": 5, "num_train_epochs": 2, "optim": "sgd",
+    "output_dir": "z", "overwrite_output_dir": True, "packing": True, "per_device_eval_batch_size": (3, {"val_size":
+    2}), "per_device_train_batch_size": 3, "pissa_init": True, "preprocessing_num_workers": 3, "preserve_thinking":
+    (True, {"template": "qwen3", "mask_history": True}), "pure_bf16": True, "quantization_bit": 4,
+    "quantization_method": ("hqq", {"quantization_bit": 4}), "quantization_type": ("fp4", {"quantization_bit": 4}),
+    "resize_vocab": True, "resume_from_checkpoint": "x", "save_steps": 3, "save_strategy": "no", "save_total_limit": 2,
+    "seed": 3, "stage": "pt", "streaming": (True, {"max_steps": 2}), "template": "llama3", "tokenized_path": "x",
+    "train_on_prompt": True, "use_dora": True, "use_galore": (True, {"finetuning_type": "full"}), "use_muon": True,
+    "use_rslora": True, "val_size": 0.2, "warmup_ratio": 0.2, "warmup_steps": 3, "weight_decay": 0.2,
 }  # fmt: skip
 
 
@@ -313,7 +308,7 @@ def test_secrets_are_not_repeated(key):
 
 
 def test_our_templates_are_there():
-    assert {ours for ours, _ in TEMPLATES.values()} <= {"auto", *templates.TEMPLATES}
+    assert {ours for ours, _ in TEMPLATES.values()} <= templates.TEMPLATES.keys()
     every = [*TEMPLATES, *OTHER_TEMPLATES, *MEDIA_TEMPLATES]
     assert len(every) == len({*every})
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.config.llamafactory.keys import Keys, short
-from jaxtune.config.llamafactory.names import MEDIA_TEMPLATES, OTHER_TEMPLATES, TEMPLATES
+from jaxtune.config.llamafactory.names import DIFFERS, MEDIA_TEMPLATES, OTHER_TEMPLATES, TEMPLATES
 from jaxtune.errors import UserError, nearest
 
 
@@ -96,8 +96,10 @@ def _conversations(k: Keys) -> dict[str, Any]:
         name = k.text("template", "")
         if name in TEMPLATES:
             data["template"], system = TEMPLATES[name]
+            if name in DIFFERS:
+                k.note("template", f"as its makers write it: {DIFFERS[name]}")
         elif name in OTHER_TEMPLATES:
-            k.note("template", "the tokenizer's own chat template is taken; preview shows what it writes")
+            k.note("template", "the tokenizer's own chat template is taken, or without one what suits the data")
         elif name in MEDIA_TEMPLATES:
             raise k.error("template", "is of a model that sees or hears; models and data are text only")
         else:

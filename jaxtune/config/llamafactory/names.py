@@ -193,6 +193,16 @@ TEMPLATES: Mapping[str, tuple[str, str | None]] = {
     "yi": ("chatml", None),
     "zephyr": ("zephyr", "You are Zephyr, a helpful assistant."),
 }
+# Where the makers of a model write something else than LLaMA-Factory, theirs is taken.
+DIFFERS: Mapping[str, str] = {
+    "alpaca": "begins with the token that begins a text, where the tokenizer has one",
+    "deepseekr1": "there is no empty <think> block before an answer without reasoning",
+    "llama2": "a space stands before the token that ends an answer",
+    "llama2_zh": "a space stands before the token that ends an answer",
+    "mistral": "a system message stands at the last question, so with one only the last turn can train (mask_history)",
+    "vicuna": "begins with the token that begins a text, where the tokenizer has one",
+    "zephyr": "a newline stands after each turn",
+}
 # Others of theirs, in whose place the tokenizer's own is taken.
 OTHER_TEMPLATES = frozenset(
     "aeva bailing bailing_v2 breeze chatglm3 cohere cpm4 dbrx deepseek deepseek3 deepseekcoder default ernie "
