@@ -42,18 +42,18 @@ def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(tmp_path, words):
     assert np.concatenate([e.ids for e in p.train.examples]).tolist() == ids
 
 
-def test_long_answers_are_cut_and_long_prompts_left_out_and_said(tmp_path, words):
+def test_long_examples_are_cut_or_left_out_and_said(tmp_path, words):
     rows = [{"prompt": "a", "completion": "b " * 60}, {"prompt": "a " * 60, "completion": "b"}]
     p = prepare(tmp_path, words, rows, max_length=16)
-    assert len(p.train.examples) == 1
-    assert len(p.train.examples[0].ids) == 16
-    assert any("1 of 2 examples are longer than 16" in r for r in p.remarks)
-    assert any("1 of 2 examples were left out" in r for r in p.remarks)
+    assert [len(e.ids) for e in p.train.examples] == [16, 16]
+    assert any("2 of 2 examples are longer than 16 tokens and were cut (right)" in r for r in p.remarks)
+    p = prepare(tmp_path, words, [*rows, {"prompt": "a", "completion": "b"}], max_length=16, truncate="drop")
+    assert any("2 of 3 examples are longer than 16 tokens and were left out" in r for r in p.remarks)
 
 
 def test_nothing_left_is_an_error(tmp_path, words):
     with pytest.raises(UserError, match="no example has a token to train on within data.max_length=16"):
-        prepare(tmp_path, words, [{"prompt": "a " * 60, "completion": "b"}], max_length=16)
+        prepare(tmp_path, words, [{"prompt": "a " * 60, "completion": "b"}], max_length=16, truncate="drop")
     with pytest.raises(UserError, match="holds out 5 of 1 examples"):
         prepare(tmp_path, words, [{"text": "a"}], validation=5)
 

@@ -89,6 +89,7 @@ def _rows(batches: Any, path: str, group: int, skipped: int, number: int) -> Ite
 def _values(batch: Any, path: str, number: int) -> list[Row | UserError]:
     """A batch as Python values; where one of its rows has none (text that is not UTF-8), that row alone is bad."""
     try:
+        batch.validate(full=True)  # pyarrow trusts the lengths in an .arrow file, and would read beyond its memory
         return batch.to_pylist()
     except (ValueError, OverflowError) as e:
         if batch.num_rows == 1:
