@@ -75,6 +75,8 @@ class Data(Strict):
     """Several examples in a row; they never see each other. Without it rows go into buckets of similar length."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on the prompt too."""
+    train_on_space: bool = False
+    """Loss also on the white space that a template writes after an answer's last token, as LLaMA-Factory has it."""
     template: str = "auto"
     """Chat template: "auto" takes the tokenizer's own, else one that suits the data; or a name, or a Jinja file."""
     thinking: Literal["auto", "on", "off", "keep"] = "auto"
