@@ -115,7 +115,15 @@ def evaluate(
     return score(s, rows, language.of(contexts) if s.objective == "span_qa" else "en"), rows
 
 
-def baseline(s: HeadSettings, train: Sequence[Record]) -> Any:
-    """What would always be said without looking: the commonest label, the mean."""
-    values = [r.row["label"] for r in train]
-    return float(np.mean(values)) if s.objective == "regression" else max(set(values), key=values.count)
+def baseline(s: HeadSettings, records: Sequence[Record]) -> tuple[str, Scores] | None:
+    """The scores of who says the same of every row without looking: their commonest label, their mean, no entity."""
+    if s.objective == "span_qa" or s.multi:
+        return None
+    if s.objective == "token_classification":
+        right = [heads.tags(r)[1] for r in records]
+        return "no tag at all", spans.score([["O"] * len(r) for r in right], right)
+    labels = [r.row["label"] for r in records]
+    if s.objective == "regression":
+        return "the mean", regression.score([float(np.mean(labels))] * len(labels), labels)
+    most = max(sorted(set(labels)), key=labels.count)
+    return f"always {most}", classification.score([most] * len(labels), labels, s.labels)

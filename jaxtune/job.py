@@ -29,6 +29,7 @@ from jaxtune.data.pipeline import Batch, Prepared
 from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.metrics.base import better
 from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
@@ -161,7 +162,7 @@ def prepare(c: Config) -> Job:
     sets = data_with_demo(c.data)
     ask = tasks.asking(sets) if c.objective in ("sft", "pretrain") else None
     data = pipeline.prepare(sets, words, c.train.seed, c.objective, virtual, ask)
-    check_task(c, data)
+    check_evaluation(c, data)
     head = TaskHead(c.objective, data.labels, data.multi) if c.objective in CLASSES else None
     if head is not None and not head.opens_in_transformers(decoder.family):
         log.warn(
@@ -204,14 +205,20 @@ def prepare(c: Config) -> Job:
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
 
 
-def check_task(c: Config, data: Prepared) -> None:
-    """Ask the validation set as `evaluate.task` does, without a model.
+def check_evaluation(c: Config, data: Prepared) -> None:
+    """Look for what evaluations need; ask the validation set as `evaluate.task` does, without a model.
 
     Raises:
-      UserError: there is no such task, or nothing that it could ask.
+      UserError: there is no such metric or task, or nothing that it could ask.
     """
+    better(c.evaluate.metric)
+    for key in ("best", "patience"):
+        if getattr(c.evaluate, key) and not data.validation:
+            raise UserError(f"evaluate.{key} looks at the validation set, and there is none; set data.validation")
     if c.evaluate.task is None:
         return
+    if c.objective in CLASSES:
+        raise UserError(f"evaluate.task answers in words, and objective {c.objective} has a head; leave it out")
     task = tasks.named(c.evaluate.task)
     if not data.held:
         raise UserError("evaluate.task answers the validation set, and there is none; set data.validation")

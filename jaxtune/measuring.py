@@ -8,6 +8,7 @@ import jax
 
 from jaxtune import evaluate, head_scores, scoring
 from jaxtune.data import encode, pipeline
+from jaxtune.data import heads as data_heads
 from jaxtune.generate import Generator
 from jaxtune.hf import tokenizer
 from jaxtune.job import Job, apply_of, putter
@@ -23,16 +24,16 @@ def make(job: Job) -> Callable[[Tree], dict[str, float]]:
     sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
     size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
     head = job.blueprint.decoder.task
-    logits = None if head is None else jax.jit(head_scores.make_logits(apply, head.kind))
+    logits = jax.jit(head_scores.make_logits(apply, head.kind)) if head is not None else None
 
     def measure(weights: Tree) -> dict[str, float]:
         if held is None:
             raise ValueError("there is no validation set to measure on")
         values = evaluate.scores(sums, weights, held, size, put)
-        if head is not None:
+        if head is not None and logits is not None:
             found = head_scores.outputs(logits, weights, held, size, put, head.kind)
             s = pipeline.head_settings(c.data, head.kind, head.labels, head.multi)
-            scores, _ = head_scores.evaluate(s, job.tokenizer, job.data.held, found)
+            scores, _ = head_scores.evaluate(s, job.tokenizer, data_heads.records(job.data.held, head.kind), found)
             return {"loss": values["loss"], **scores.values}
         if c.evaluate.task is not None:  # its accuracy is another than that of tokens
             values["token_accuracy"] = values.pop("accuracy")

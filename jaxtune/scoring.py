@@ -59,7 +59,8 @@ def score(
     def told(n: int) -> None:
         said(n, len(questions))
 
-    predictions: list[Any]
+    predictions: list[Any]  # as they are shown
+    scored: list[Any] | None = None  # and as they are scored, where that is something else
     extra: list[dict[str, Any]] = [{} for _ in questions]
     if task.decides == "labels" and all(isinstance(r, str) for r in references):
         labels = options.labels or label_names(references)
@@ -70,7 +71,7 @@ def score(
     elif task.decides == "choices":
         choices = [q.row["choices"] for q in questions]
         found, cut = likelihood.choose(asked.generator, prompts, choices, False, asked.batch_size, told)
-        predictions = list(found)
+        scored, predictions = list(found), [choice.best(cs) for cs in found]
         extra = [{"logprobs": [round(c.logprob, 5) for c in cs]} for cs in found]
     else:
         length = asked.max_new_tokens or task.max_new_tokens
@@ -80,12 +81,11 @@ def score(
             f"{cut} of {len(prompts)} prompts are too long for the model's context of {asked.generator.context} tokens "
             "beside their answers: their middle was left out"
         )
-    scores = task.score(predictions, references, options)
-    shown: list[Any] = [choice.best(p) for p in predictions] if task.decides == "choices" else predictions
+    scores = task.score(predictions if scored is None else scored, references, options)
     rows = [
         {
             "prompt": prompts[i],
-            "prediction": shown[i],
+            "prediction": predictions[i],
             "reference": q.reference,
             "origin": q.origin,
             **extra[i],
@@ -132,26 +132,26 @@ def _generate(
     return [found[i] for i in range(len(ids))], sum(len(x) > room for x in ids)
 
 
-def table(task: Task, result: Result) -> list[tuple[str, str]]:
+def table(task: str, metric: str, result: Result) -> list[tuple[str, str]]:
     """Names and values to show, the baseline's beside."""
     name, base = result.baseline or ("", Scores({}))
-    rows = [(f"{task.name}, {len(result.rows)} rows", f"(baseline: {name})" if name else "")]
+    rows = [(f"{task}, {len(result.rows)} rows", f"(baseline: {name})" if name else "")]
     for k, v in result.scores.values.items():
         beside = f"   ({base.values[k]:.4f})" if k in base.values else ""
-        rows.append((k + (" *" if k == task.metric else ""), f"{v:.4f}{beside}"))
+        rows.append((k + (" *" if k == metric else ""), f"{v:.4f}{beside}"))
     signatures = result.scores.details.get("signatures", {})
     return [*rows, *[(f"signature of {k}", v) for k, v in signatures.items()]]
 
 
-def write(folder: Path, task: Task, result: Result, about: Mapping[str, Any]) -> list[Path]:
+def write(folder: Path, task: str, metric: str, result: Result, about: Mapping[str, Any]) -> list[Path]:
     """Write scores.json, predictions.jsonl and, of labels, confusion.png; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     packages = ("sacrebleu", "rouge-score", "scikit-learn", "jax", "transformers")
     versions = {p: importlib.metadata.version(p) for p in packages}
     base = {"name": result.baseline[0], **result.baseline[1].values} if result.baseline else None
     whole = {
-        "task": task.name,
-        "metric": task.metric,
+        "task": task,
+        "metric": metric,
         "rows": len(result.rows),
         **about,
         "scores": dict(result.scores.values),

@@ -71,20 +71,59 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
         result = _with_loss(model, data, a, result)
     for remark in result.remarks:
         log.say(remark)
-    log.table(scoring.table(task, result))
+    log.table(scoring.table(task.name, task.metric, result))
     if folder is not None:
         about = {
             "jaxtune": __version__, "model": target, "adapter": adapter, "data": a.data, "keys": a.keys, "dtype": dtype,
             "max_samples": a.max_samples, "max_new_tokens": a.max_new_tokens or task.max_new_tokens,
             "language": options.language, "prompt": options.prompt, "labels": list(options.labels),
         }  # fmt: skip
-        written = scoring.write(folder, task, result, about)
+        written = scoring.write(folder, task.name, task.metric, result, about)
+        log.say(f"written to {', '.join(str(f) for f in written)}")
+
+
+def by_head(
+    model: "Tuned",
+    target: str,
+    data: str,
+    keys: list[str],
+    batch_size: int,
+    max_samples: int | None,
+    folder: Path | None,
+) -> None:
+    """Judge rows with a model's head; print the scores, and write them where there is a folder for them."""
+    from jaxtune import head_scores, run, scoring
+    from jaxtune.data import formats
+    from jaxtune.data import heads as data_heads
+
+    head = model.blueprint.decoder.task
+    assert head is not None
+    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    read = _data_like(trained, data_heads.READS[head.kind], data, keys)
+    read = read.model_copy(update={"max_length": min(read.max_length, model.blueprint.decoder.context)})
+    s = model.head_settings(read)
+    assert s is not None
+    examples = [e for source in read.sources for e in formats.read(source)][:max_samples]
+    records = data_heads.records(examples, head.kind)
+    scores, rows = head_scores.evaluate(s, model.tokenizer, records, model.judge(records, s, batch_size))
+    for row, record in zip(rows, records, strict=True):
+        row["origin"] = record.origin
+    result = scoring.Result(scores, head_scores.baseline(s, records), rows, [])
+    log.table(scoring.table(head.kind, head_scores.METRICS[head.kind], result))
+    if folder is not None:
+        about = {"jaxtune": __version__, "model": target, "data": data, "keys": keys, "labels": list(head.labels)}
+        written = scoring.write(folder, head.kind, head_scores.METRICS[head.kind], result, about)
         log.say(f"written to {', '.join(str(f) for f in written)}")
 
 
 def _data(task: "Task", trained: "Config | None", path: str, keys: list[str]) -> "Data":
     """The data section for a task: as the run was trained, where it is one, with what the command line says over it."""
-    own: dict[str, Any] = {"format": task.format or "auto"}
+    return _data_like(trained, task.format or "auto", path, keys)
+
+
+def _data_like(trained: "Config | None", format: str, path: str, keys: list[str]) -> "Data":
+    """The data section for rows of a format, as a run was trained."""
+    own: dict[str, Any] = {"format": format}
     if trained is not None:
         own |= {k: getattr(trained.data, k) for k in OWN}
         same = {(s.format, tuple(s.columns.items()), tuple(s.tags.items())) for s in trained.data.sources}

@@ -41,7 +41,7 @@ def evaluate(
         bool, typer.Option("--chat-template", help="lm_eval asks through the model's chat template.")
     ] = False,
 ) -> None:
-    """Loss, perplexity and token accuracy on a data file; or the scores of a task, or of lm_eval's.
+    """Loss, perplexity and token accuracy on a data file; or the scores of a head, of a task, or of lm_eval's.
 
     They are also written to scores.json in the run folder, or in --out.
     """
@@ -65,6 +65,8 @@ def evaluate(
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, dtype_of(dtype))
+    if model.blueprint.decoder.task is not None:
+        return measure.by_head(model, target, data, keys, batch_size, max_samples, measure.folder_of(target, out))
     context = model.blueprint.decoder.context
     own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
     base = {"data": {"max_length": min(1024, context), **own}}
@@ -125,8 +127,9 @@ def predict(
         model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype))
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     given = {"data": {**given.get("data", {}), "train": file}}
-    source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
-    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
+    data = config.load(None, given).data
+    source = data.sources[0].model_copy(update={"max_samples": max_samples})
+    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs, data)
     log.say(f"{n} answers written to {out}")
 
 

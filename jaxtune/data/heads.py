@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtune.data.encode import Encoded, Encoding
 from jaxtune.data.examples import Example, Record
+from jaxtune.data.prompts import fill
 from jaxtune.errors import UserError, nearest
 
 # objective -> the records that it is trained on
@@ -96,8 +97,7 @@ def encode(example: Example, tokenizer: Any, s: HeadSettings) -> Encoding:
         return _tagged(record, tokenizer, s)
     whole = _without_padding(tokenizer(text_of(record, s.prompt)).input_ids, tokenizer) or [tokenizer.eos_token_id or 0]
     ids, outcome = _cut(whole, s, tokenizer)
-    columns = {} if record.row.get("label") is None else {"label_S": _label(record, s)}
-    e = Encoded(np.array(ids, np.int32), np.ones(len(ids), bool), columns)
+    e = Encoded(np.array(ids, np.int32), np.ones(len(ids), bool), {"label_S": _label(record, s)})
     return Encoding([] if outcome == "long" else [e], outcome)
 
 
@@ -105,12 +105,7 @@ def text_of(record: Record, prompt: str | None = None) -> str:
     """A record's text, and a second one on a line of its own; or as `prompt` puts them."""
     row = record.row
     if prompt is not None:
-        try:
-            return prompt.format_map(row)
-        except (KeyError, ValueError, IndexError) as e:
-            raise UserError(
-                f"{record.origin}: data.prompt {prompt!r} does not fit the row ({e!r}), which has {', '.join(row)}"
-            ) from e
+        return fill(prompt, row, record.origin)
     return f"{row['text']}\n{row['text_pair']}" if row.get("text_pair") else row["text"]
 
 
@@ -136,7 +131,9 @@ def _cut(ids: list[int], s: HeadSettings, tokenizer: Any) -> tuple[list[int], st
 
 
 def _label(record: Record, s: HeadSettings) -> Any:
-    value = record.row["label"]
+    """The label as the objective reads it; zero where there is none."""
+    if (value := record.row.get("label")) is None:
+        return np.zeros(len(s.labels) if s.multi else (), np.float32 if s.multi else np.int32)
     if s.objective == "regression":
         return np.float32(value)
     several = list(value) if isinstance(value, list | tuple) else [value]

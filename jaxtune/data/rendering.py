@@ -59,14 +59,19 @@ def render(
             f"the chat template has {len(template)} characters, at most {TEMPLATE_CHARACTERS} are taken; "
             "name another with data.template"
         )
-    data = json.dumps({"messages": messages, "turns": turns, "variables": variables})
+    try:
+        data = json.dumps({"messages": messages, "turns": turns, "variables": variables})
+    except TypeError as e:
+        raise UserError(f"{origin}: the conversation holds what is not JSON ({e}); write it as text") from e
     limit = 2**20 + 4 * len(data)
     got = _ask(json.dumps([template, limit]).encode() + b"\n" + data.encode(), origin)
     if "mistake" in got:
         raise UserError(f"the chat template is not valid Jinja: {got['mistake']}; name another with data.template")
     if "refusal" in got:
         raise UserError(f"{origin}: the chat template refuses the conversation: {got['refusal']}")
-    return [Rendered(text, [(a, b) for a, b in spans]) for text, spans in got["texts"]]
+    first = got["texts"][0][0]
+    texts = ((first[:t] if isinstance(t, int) else t, spans) for t, spans in got["texts"])
+    return [Rendered(text, [(a, b) for a, b in spans]) for text, spans in texts]
 
 
 class _Process(NamedTuple):
@@ -100,7 +105,7 @@ def _ask(request: bytes, origin: str) -> dict:
 
 def _start() -> _Process:
     mine, its = multiprocessing.Pipe()
-    popen = subprocess.Popen(
+    popen = subprocess.Popen(  # noqa: S603 our own file, no shell
         [sys.executable, "-P", "-s", str(Path(__file__).with_name("renderer.py")), str(its.fileno())],
         pass_fds=[its.fileno()],
         stdin=subprocess.DEVNULL,

@@ -3,20 +3,20 @@
 A conversation is cut so that a question, the assistant's header and a part of its answer stay, and so that the
 template's own tokens are whole: turns are dropped, or the text of messages is shortened and rendered again. Then:
 
-  right   the end goes: all after the answer that is cut. Where not even the first answer has room, the middle of what
-          is longest before it is cut, so that a quarter of the room, or all it needs, is the answer's.
+  right   the end goes: all after the answer that is cut. Where not even the first answer has room, the longest messages
+          before it lose their middle, so that a quarter of the room, or all it needs, is the answer's.
   left    the oldest questions with their answers go, the system message stays. Where the last alone is too long, the
-          beginning of what is longest before its answer is cut, so that half of the room, or all it needs, is the
+          longest messages before its answer lose their beginning, so that half of the room, or all it needs, is the
           answer's.
-  middle  no turn goes; the middle of what is longest before the last answer is cut, with the same half for the answer.
+  middle  no turn goes; the longest messages before the last answer lose their middle, with half for it as above.
 
-Where questions cannot be cut that far, the answer has what is left. It is only ever cut at its end, and then it does not
-end: the token that would is gone. An earlier answer that
-had to be shortened is not trained on.
+Where they cannot be cut that far, the answer has what is left. It is only ever cut at its end, and then it does not
+end: the token that would is gone. An earlier answer that had to be shortened is not trained on. The system message is
+the last to be shortened.
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,22 +114,31 @@ def _within(laid: Laid, room: int) -> tuple[np.ndarray, np.ndarray]:
     return laid.ids[:n], mask[:n]
 
 
+def _beyond(n: int, lengths: Collection[int]) -> int:
+    """What lengths have beyond `n`, together."""
+    return sum(max(0, x - n) for x in lengths)
+
+
 def _shorten(messages: Sequence[Message], over: int, left: bool, tokenizer: Any) -> list[Message] | None:
-    """Messages with about `over` tokens less, of the longest first and of the system's last; None: there are not."""
+    """Messages with about `over` tokens less: the longest are cut to one length, the system's last. None: they cannot.
+
+    With `left` their beginning is cut, else their middle.
+    """
     out = list(messages)
     offsets = [
         tokenizer(m.content, add_special_tokens=False, return_offsets_mapping=True).offset_mapping for m in messages
     ]
-    for i in sorted(range(len(out)), key=lambda i: (out[i].role == "system", -len(offsets[i]))):
-        less = min(over, len(offsets[i]) - KEPT)
-        if less <= 0:
-            continue
-        content, head = out[i].content, 0 if left else (len(offsets[i]) - less + 1) // 2
-        start = offsets[i][head - 1][1] if head else 0
-        shorter = content[:start] + content[offsets[i][head + less - 1][1] :]
-        if len(shorter) < len(content):
-            out[i] = out[i]._replace(content=shorter, trained=False)
-            over -= less
+    for system in (False, True):
+        among = {i: len(offsets[i]) for i, m in enumerate(messages) if (m.role == "system") == system}
+        lengths = range(KEPT, max([KEPT, *among.values()]) + 1)
+        # The greatest length that is short enough for all of them.
+        n = lengths[max(0, bisect.bisect_left(lengths, True, key=lambda n: _beyond(n, among.values()) < over) - 1)]
+        for i, tokens in among.items():
+            if tokens > n:
+                content, head = out[i].content, 0 if left else (n + 1) // 2
+                start, stop = offsets[i][head - 1][1] if head else 0, offsets[i][tokens - n + head - 1][1]
+                out[i] = out[i]._replace(content=content[:start] + content[stop:], trained=False)
+        over -= _beyond(n, among.values())
         if over <= 0:
             break
-    return out if out != list(messages) else None
+    return out if [m.content for m in out] != [m.content for m in messages] else None

@@ -1,10 +1,10 @@
 """What a task is: how a row is asked, what answer is wanted, and how answers are scored."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.data.examples import Conversation, Message, Record
+from jaxtune.data.prompts import fill
 from jaxtune.errors import UserError
 from jaxtune.metrics.base import Scores
 
@@ -47,29 +47,6 @@ class Task(NamedTuple):
             return self.ask(record.row, options)
         labels = {"labels": ", ".join(options.labels)} if options.labels else {}
         return fill(options.prompt, {**record.row, **labels}, record.origin)
-
-
-def fill(prompt: str, row: Row, origin: str) -> str:
-    r"""A prompt with columns in the place of their names in braces; nothing else in it means anything.
-
-    >>> fill("Say {word} in {{German}}.", {"word": "{cat}"}, "a.jsonl:1")
-    'Say {cat} in {{German}}.'
-
-    Raises:
-      UserError: there is no such column.
-    """
-
-    def column(found: re.Match) -> str:
-        name = found[1]
-        if row.get(name) is None:
-            there = ", ".join(k for k, v in row.items() if v is not None)
-            raise UserError(f"{origin}: data.prompt names {{{name}}}, which the row has not; it has {there}")
-        value = row[name]
-        return (
-            value if isinstance(value, str) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        )
-
-    return re.sub(r"(?<!\{)\{(\w+)\}(?!\})", column, prompt)
 
 
 def wanted(row: Row, column: str, origin: str) -> Any:

@@ -51,7 +51,7 @@ FORMATS: Mapping[str, Format] = {
     "text": Format(plain.document, ("text",)),
     "segments": Format(plain.segments, ("segments",)),
     "tokens": Format(plain.tokens, ("input_ids",)),
-    "preference": Format(preference.pair, (), ("chosen", "rejected")),
+    "preference": Format(preference.pair, ("chosen", "rejected")),
     "kto": Format(preference.kto, ()),
     **{task: Format(records.record(task), c.needed, c.answers) for task, c in RECORDS.items()},
 }
