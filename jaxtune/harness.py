@@ -83,7 +83,7 @@ class Harness(TemplateLM):
         """Of whole texts, each token after as much context as there is."""
         pairs, owners = [], []
         for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])  # with BOS after the prefix, as theirs
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             for window in map(make_disjoint_window, windows):
                 pairs.append((("", request.args[0]), *window))

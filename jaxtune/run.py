@@ -38,6 +38,7 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
+from jaxtune.models import heads
 from jaxtune.nodes import soft_prompt
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import adalora
@@ -244,8 +245,8 @@ def write_export(
                 soft_prompts.write(folder, prompt, base, b.decoder)
             else:
                 adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora, b.decoder.task)
-            if b.decoder.task is not None:  # which labels there are
-                blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder)
+            if heads.to_hf(b.decoder.task, hf := blueprint.read_config(b.folder), b.decoder.family):  # another head
+                blueprint.write_config(folder, hf, b.decoder)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
             if isinstance(t, config.Lora) and t.adapter is not None:

@@ -26,6 +26,8 @@ class Asked(NamedTuple):
     template: str | None
     batch_size: int = 8
     max_new_tokens: int | None = None  # the task's own where None
+    thinking: str = "auto"
+    system: str | None = None
 
 
 class Result(NamedTuple):
@@ -101,7 +103,7 @@ def score(
 def in_loop(evaluate: Evaluate, data: Data, examples: Sequence[Example], asked: Asked) -> dict[str, float]:
     """The scores of `evaluate.task` on a validation set, at most `evaluate.max_samples` examples of it, by name."""
     task = tasks.named(evaluate.task or "")
-    asked = asked._replace(max_new_tokens=evaluate.max_new_tokens)
+    asked = asked._replace(max_new_tokens=evaluate.max_new_tokens, thinking=data.thinking, system=data.system)
     result = score(task, examples[: evaluate.max_samples], tasks.options_of(data), asked)
     for remark in result.remarks:
         log.warn(f"evaluate.task: {remark}")
@@ -113,7 +115,7 @@ def _prompt(conversation: Conversation, asked: Asked) -> str:
     words = asked.generator.tokenizer
     if asked.template is None:
         return (words.bos_token or "") + "".join(m.content for m in conversation.messages)
-    return encode.prompt_text(conversation, words, asked.template)[0]
+    return encode.prompt_text(conversation, words, asked.template, asked.thinking, asked.system)[0]
 
 
 def _generate(

@@ -65,7 +65,9 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
         options = options._replace(labels=tasks.classification.names(found))  # it must be told what there is
     model = tuned.open_model(target, adapter, dtype)
     with jax.set_mesh(model.mesh):
-        asked = scoring.Asked(model.generator, model.template, a.batch_size, a.max_new_tokens)
+        asked = scoring.Asked(
+            model.generator, model.template, a.batch_size, a.max_new_tokens, data.thinking, data.system
+        )
         result = scoring.score(task, examples, options, asked, _progress())
     if task.metric == "perplexity":
         result = _with_loss(model, data, a, result)
