@@ -44,14 +44,11 @@ class Encoder:
         return self.function(example, self.tokenizer, self.settings)
 
     def fingerprint(self) -> str:
-        """A hash of all that tokens depend on beside the example, jaxtune's own code included."""
-        h = hashlib.blake2b(digest_size=16)
-        for file in sorted(Path(__file__).parent.rglob("*.py")):
-            h.update(file.read_bytes())
-        versions = [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "jinja2")]
+        """A hash of the function's name, the tokenizer and the settings."""
         words = self.tokenizer
         special = {k: str(v) for k, v in words.special_tokens_map.items()}
-        h.update(f"{versions} {self.function.__module__}.{self.function.__qualname__} {self.settings!r}".encode())
+        name = f"{self.function.__module__}.{self.function.__qualname__}"
+        h = hashlib.blake2b(f"{name} {self.settings!r}".encode(), digest_size=16)
         h.update(f"{type(words).__name__} {special} {words.chat_template!r}".encode())
         h.update(words.backend_tokenizer.to_str().encode())
         return h.hexdigest()
@@ -59,7 +56,10 @@ class Encoder:
 
 def key(encoder: Encoder, examples: Sequence[Example]) -> str:
     """The name under which the tokens of these examples are kept; where the examples stood does not matter."""
-    h = hashlib.blake2b(encoder.fingerprint().encode(), digest_size=20)
+    versions = [importlib.metadata.version(p) for p in ("transformers", "tokenizers", "jinja2")]
+    h = hashlib.blake2b(f"{encoder.fingerprint()} {versions}".encode(), digest_size=20)
+    for file in sorted(Path(__file__).parent.rglob("*.py")):  # our own code: a version that is never forgotten
+        h.update(file.read_bytes())
     for e in examples:
         h.update(f"{type(e).__name__} {json.dumps(e._replace(origin=''), default=repr)}\n".encode())
     return h.hexdigest()

@@ -42,13 +42,14 @@ def test_long_texts_are_cut_into_pieces_and_nothing_is_lost(tmp_path, words):
     assert np.concatenate([e.ids for e in p.train.examples]).tolist() == ids
 
 
-def test_long_examples_are_cut_or_left_out_and_said(tmp_path, words):
+def test_what_is_cut_or_left_out_is_said(tmp_path, words):
     rows = [{"prompt": "a", "completion": "b " * 60}, {"prompt": "a " * 60, "completion": "b"}]
-    p = prepare(tmp_path, words, rows, max_length=16)
-    assert [len(e.ids) for e in p.train.examples] == [16, 16]
-    assert any("2 of 2 examples are longer than 16 tokens and were cut (right)" in r for r in p.remarks)
+    p = prepare(tmp_path, words, [*rows, {"prompt": "a", "completion": "b"}], max_length=16)
+    assert [len(e.ids) <= 16 for e in p.train.examples] == [True] * 3
+    assert "train: 2 of 3 examples are longer than 16 tokens and were cut (right)" in p.remarks
     p = prepare(tmp_path, words, [*rows, {"prompt": "a", "completion": "b"}], max_length=16, truncate="drop")
-    assert any("2 of 3 examples are longer than 16 tokens and were left out" in r for r in p.remarks)
+    assert p.train.origins == [f"{tmp_path / 'd.jsonl'}:3"]
+    assert "train: 2 of 3 examples are longer than 16 tokens and were left out" in p.remarks
 
 
 def test_nothing_left_is_an_error(tmp_path, words):
@@ -56,6 +57,18 @@ def test_nothing_left_is_an_error(tmp_path, words):
         prepare(tmp_path, words, [{"prompt": "a " * 60, "completion": "b"}], max_length=16, truncate="drop")
     with pytest.raises(UserError, match="holds out 5 of 1 examples"):
         prepare(tmp_path, words, [{"text": "a"}], validation=5)
+
+
+def test_rows_that_cannot_be_read_are_counted_with_their_places(tmp_path, words):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}, {"text": 1}, *[{"txt": "b"}] * 3, {"text": "c"}])
+    with pytest.raises(UserError, match="d.jsonl:2: "):
+        pipeline.prepare(Data(train=str(file)), words, 0)
+    p = pipeline.prepare(Data(train=str(file), bad_rows="skip"), words, 0)
+    assert p.train.origins == [f"{file}:1", f"{file}:6"]
+    [told] = [r for r in p.remarks if "could not be read" in r]
+    assert told.startswith(f"{file}: 4 of 6 rows could not be read and were left out: {file}:2: ")
+    assert f"{file}:4: " in told
+    assert f"{file}:5: " not in told
 
 
 def test_without_packing_each_row_is_one_example_in_a_bucket(tmp_path, words):

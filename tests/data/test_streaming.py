@@ -98,6 +98,13 @@ def whole_remarks(made, n):
     return batches.remarks
 
 
+def test_processes_encode_the_same(words, files):
+    made = [stream(words, files[2:], workers=n).batches(2, seed=0) for n in (0, 1)]
+    equal(*(first(batches, 4) for batches in made))
+    for batches in made:
+        batches.close()
+
+
 def test_a_state_can_be_set_on_a_stream_that_has_run(words, files):
     batches = stream(words, files).batches(2, seed=0)
     start = batches.state

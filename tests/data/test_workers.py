@@ -36,20 +36,21 @@ def test_processes_give_the_same_in_order_and_their_errors_arrive(encoder):
             for x, y in zip(a.pieces, b.pieces, strict=True):
                 np.testing.assert_array_equal(x.ids, y.ids)
                 np.testing.assert_array_equal(x.mask, y.mask)
-        with pytest.raises(RuntimeError, match="(?s)in a process that makes tokens.*expected"):
-            pool([*examples, bad])  # there is no template: a fault of the caller's
     with workers.Pool(template, 1) as pool, pytest.raises(UserError, match="^d.jsonl:7: has no assistant turn"):
         pool([bad])
 
 
-def test_a_killed_process_is_told(encoder):
-    with workers.Pool(encoder, 1) as pool:
-        pool(texts(2))
+def test_faults_and_killed_processes_are_told():
+    fault = pytest.raises(RuntimeError, match="(?s)in a process that makes tokens.*TypeError")
+    with workers.Pool(len, 1) as pool, fault:
+        pool(["fox", None])
+    with workers.Pool(len, 1) as pool:
+        assert pool(["fox"]) == [3]
         [process] = pool._processes
         process.kill()
         process.wait()
         with pytest.raises(UserError, match=r"exit code -9\); if memory is short, take fewer, or data.workers=0"):
-            pool(texts(2))
+            pool(["fox"])
 
 
 CALLER = """
