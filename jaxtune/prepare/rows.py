@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import Source
 from jaxtune.data import formats
-from jaxtune.data.examples import RECORDS
+from jaxtune.data.examples import RECORDS, Example
+from jaxtune.errors import UserError
 
 Text = tuple[tuple[str | int, ...], str]  # where a string stands in a row, and the string
 
@@ -175,7 +176,7 @@ def open_table(source: Source) -> tuple[Table, list[str]]:
     path = Path(source.path)
     limited = itertools.islice(formats._rows(path), source.max_samples)
     rows = tuple(Row(f"{path}:{line}", raw) for line, raw in limited)
-    kind = source.format
+    kind: str = source.format
     if kind == "auto":
         kind = formats.detect(formats._renamed(rows[0].raw, source.columns), rows[0].origin)
     return Table(rows, kind, source.columns, source.tags), []
@@ -229,3 +230,13 @@ def excerpt(text: str, limit: int = 100) -> str:
     """The beginning of a text on one line."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def example(table: Table, row: Row) -> Example | None:
+    """The row as the value that it becomes in training; None where it cannot become one."""
+    if table.format not in formats.FORMATS:
+        return None
+    try:
+        return formats.FORMATS[table.format][0](formats._renamed(row.raw, table.columns), row.origin)
+    except (UserError, KeyError):
+        return None

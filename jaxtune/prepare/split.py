@@ -9,7 +9,9 @@ import numpy as np
 from jaxtune.data.pipeline import held_out
 
 
-def split(strata: Sequence[str | None], groups: Sequence[int], validation: float, seed: int) -> tuple[list[int], list[int]]:
+def split(
+    strata: Sequence[str | None], groups: Sequence[int], validation: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Numbers of the rows to train on and of those held out, each in order.
 
     Every label gives its share of the rows held out, rounded so that the shares add up. Groups are drawn by the seed

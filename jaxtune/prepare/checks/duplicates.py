@@ -13,8 +13,9 @@ from jaxtune.prepare.rows import LABELLED, Table, normal
 _PERMUTATIONS = 64
 _WINDOW = 5  # characters of a shingle
 _MOST = 2000  # shingles kept of a text, those of the smallest hashes: a sample that is the same for like texts
-_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F],
-                    np.uint64)  # fmt: skip
+_FACTORS = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64
+)
 
 
 def duplicates(table: Table, look: Look) -> Finding:
@@ -70,7 +71,8 @@ def leakage(table: Table, look: Look) -> Finding:
     title = "rows stand in the other set too (leakage)"
     if look.against is None:
         return Finding(title, {})
-    other, near, exact = look.against, Near(look.near), {}
+    other, near = look.against, Near(look.near)
+    exact: dict[bytes, int] = {}
     for j, row in enumerate(other.rows):
         exact.setdefault(_digest(other.asked(row.raw)), j)
         near.add(j, other.fields(row.raw)[0])
@@ -165,11 +167,16 @@ def shingles(text: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _sketch(text: str) -> Any:
-    from datasketch import MinHash
-
-    sketch = MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
+    sketch = _empty().copy()  # which shares its permutations
     sketch.update_batch(shingles(text).tolist())
     return sketch
+
+
+@functools.cache
+def _empty() -> Any:
+    from datasketch import MinHash
+
+    return MinHash(num_perm=_PERMUTATIONS, hashfunc=int)
 
 
 def _digest(text: str) -> bytes:

@@ -13,7 +13,9 @@ _MAY_BE_EMPTY = ("input", "system", "history", "answers", "label")
 def missing(table: Table, look: Look) -> Finding:
     """Rows that lack a column, or in which it is empty; conversations with an empty turn or without an answer."""
     detail = {i: why for i, row in enumerate(table.rows) if (why := _fault(table, row))}
-    return Finding("rows lack something", detail, "remove" if detail else "none", "remove them" if detail else "", safe=True)
+    return Finding(
+        "rows lack something", detail, "remove" if detail else "none", "remove them" if detail else "", safe=True
+    )
 
 
 def extra(table: Table, look: Look) -> Finding:
@@ -23,7 +25,9 @@ def extra(table: Table, look: Look) -> Finding:
     detail = {
         i: "has " + ", ".join(sorted(set(row.raw) - known)) for i, row in enumerate(table.rows) if set(row.raw) - known
     }
-    remarks = tuple(f"column {c!r} in {n} rows is not read by format {table.format!r}" for c, n in sorted(counts.items()))
+    remarks = tuple(
+        f"column {c!r} in {n} rows is not read by format {table.format!r}" for c, n in sorted(counts.items())
+    )
     changes = {i: {c: v for c, v in table.rows[i].raw.items() if c in known} for i in detail}
     return Finding(
         "rows have columns that training does not read", detail, "change" if detail else "none",
@@ -37,7 +41,11 @@ def _fault(table: Table, row: Row) -> str:
         pair = row.raw["translation"]
         absent = [c for c in table.needed if not str(pair.get(c) or "").strip()]
     if table.format == "token_classification":
-        absent = [] if row.raw.get("tokens") or str(row.raw.get(table.columns.get("text", "text")) or "").strip() else ["text"]
+        absent = (
+            []
+            if row.raw.get("tokens") or str(row.raw.get(table.columns.get("text", "text")) or "").strip()
+            else ["text"]
+        )
     if absent:
         return f"no {absent[0]!r}"
     allowed = table.named(_MAY_BE_EMPTY)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtune.prepare.finding import Finding, Look
 from jaxtune.prepare.rows import Table, joined
 
+_SURE = 5  # times that a label must be likelier than the given one to be proposed instead
 _RARE = 5  # rows below which a label can hardly be learnt
 
 
@@ -35,8 +36,8 @@ def label_errors(table: Table, look: Look) -> Finding:
     """Candidates for wrong labels by confident learning (Northcutt et al., 2021).
 
     Each row is judged by a logistic regression on TF-IDF features that did not see it. A candidate is given another
-    label with at least the probability that rows of that label get on average. Rows of several labels, and labels of
-    fewer than three rows, are not judged.
+    label with at least the probability that rows of that label get on average, and five times that of its own. Rows of
+    several labels, and labels of fewer than three rows, are not judged.
     """
     title = "rows may have a wrong label"
     names = [table.name_of_label(row.raw) for row in table.rows]
@@ -52,10 +53,11 @@ def label_errors(table: Table, look: Look) -> Finding:
     if p is None:
         return Finding(title, {}, remarks=("the texts have no words to judge their labels by",))
     usual = np.array([p[y == k, k].mean() for k in range(len(labels))])
-    sure = np.where(p >= usual, p, 0.0)
-    guess = sure.argmax(1)
-    wrong = (sure.max(1) > 0) & (guess != y) & (p[np.arange(len(y)), y] < usual[y]) & (p.max(1) > 0.5)
-    detail = {fit[k]: f"{labels[y[k]]}, rather {labels[guess[k]]} ({p[k, guess[k]]:.2f})" for k in np.flatnonzero(wrong)}
+    guess, given = np.where(p >= usual, p, 0.0).argmax(1), p[np.arange(len(y)), y]
+    wrong = (guess != y) & (p.max(1) >= usual[guess]) & (p[np.arange(len(y)), guess] >= _SURE * given)
+    detail = {
+        fit[k]: f"{labels[y[k]]}, rather {labels[guess[k]]} ({p[k, guess[k]]:.2f})" for k in np.flatnonzero(wrong)
+    }
     right = float((p.argmax(1) == y).mean())
     remarks = (f"a simple classifier finds the label of {100 * right:.0f} % of the rows that it did not see",)
     return Finding(title, detail, "remove" if detail else "none", "remove them, after a look at each" if detail else "",
@@ -67,17 +69,15 @@ def _held_out(texts: list[str], y: np.ndarray, seed: int) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import SGDClassifier
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
 
     # Characters too, so that scripts without spaces have features.
     words = r"(?u)\b\w\w+\b|[\u3040-\u30ff\u3400-\u9fff]"
     features = TfidfVectorizer(ngram_range=(1, 2), token_pattern=words, sublinear_tf=True, max_features=50_000)
     try:
-        features.build_analyzer()
-        features.fit(texts[:1000])
+        x = features.fit_transform(texts)
     except ValueError:  # an empty vocabulary
         return None
     # A logistic regression, fitted by stochastic gradients: as good here, and quick with many labels.
-    model = make_pipeline(features, SGDClassifier(loss="log_loss", alpha=1e-5, random_state=seed % 2**32))
+    model = SGDClassifier(loss="log_loss", alpha=1e-5, random_state=seed % 2**32)
     folds = StratifiedKFold(3, shuffle=True, random_state=seed % 2**32)
-    return cross_val_predict(model, texts, y, cv=folds, method="predict_proba")
+    return cross_val_predict(model, x, y, cv=folds, method="predict_proba")

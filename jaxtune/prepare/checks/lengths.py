@@ -15,7 +15,7 @@ def too_long(table: Table, look: Look) -> Finding:
         return Finding(title, {}, remarks=("no tokenizer was given (--model), so tokens are not counted",))
     lengths = [look.tokens(table, row) for row in table.rows]
     detail = {i: f"{n} tokens" for i, n in enumerate(lengths) if n > look.max_length}
-    remarks = ()
+    remarks: tuple[str, ...] = ()
     if lengths:
         middle, high = np.percentile(lengths, [50, 99])
         remarks = (f"tokens of a row: median {middle:.0f}, 99 % within {high:.0f}, longest {max(lengths)}",)

@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable
 
+from jaxtune.prepare.checks.masks import without_any
 from jaxtune.prepare.finding import Finding, Look
 from jaxtune.prepare.rows import Row, Table, excerpt
 
 # C0 and C1 but tab, newline and carriage return; byte-order marks, zero-width spaces, bidirectional overrides and lone
 # surrogates. Joiners (U+200C, U+200D) stay: emoji and several scripts need them.
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ud800-\udfff]")
+CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ud800-\udfff]"
+)
 LOST = "\ufffd"  # stands where a character could not be decoded
 
 
@@ -25,7 +28,9 @@ def mojibake(table: Table, look: Look) -> Finding:
 
     found = changes(table, repair)
     lost = {i: f"{n} characters are lost (�)" for i, r in enumerate(table.rows) if (n := _lost(table, r))}
-    remarks = (f"{len(lost)} rows hold characters that were lost before (�), such as {_first(table, lost)}",) if lost else ()
+    remarks = (
+        (f"{len(lost)} rows hold characters that were lost before (�), such as {_first(table, lost)}",) if lost else ()
+    )
     return repaired(table, found, "rows hold text decoded with the wrong table (mojibake)", "repair it", remarks)
 
 
@@ -94,15 +99,13 @@ def following_spans(table: Table, row: Row, change: Callable[[str], str]) -> dic
     return new
 
 
-def repaired(
-    table: Table, found: dict[int, dict], title: str, proposal: str, remarks: tuple[str, ...] = ()
-) -> Finding:
+def repaired(table: Table, found: dict[int, dict], title: str, proposal: str, remarks: tuple[str, ...] = ()) -> Finding:
     """A finding of rows to be rewritten; those that cannot be without losing a span are counted and left."""
     fixed = {i: new for i, new in found.items() if new != table.rows[i].raw}
     if n := len(found) - len(fixed):
         first = table.rows[min(set(found) - set(fixed))].origin
         remarks = (*remarks, f"{n} more stay as they are, since spans of characters would move, such as {first}")
-    detail = {i: excerpt(_difference(table, i, new)) for i, new in fixed.items()}
+    detail = {i: excerpt(without_any(_difference(table, i, new))) for i, new in fixed.items()}
     return Finding(title, detail, "change" if fixed else "none", proposal if fixed else "", fixed, True, remarks)
 
 

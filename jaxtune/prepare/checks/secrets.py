@@ -1,121 +1,32 @@
 """Personal data and secrets: what must not be learnt by heart. Findings never show them."""
 
-import math
-import re
-from collections import Counter
 from collections.abc import Callable
 
+from jaxtune.prepare.checks import masks
 from jaxtune.prepare.checks.repair import changes, repaired
 from jaxtune.prepare.finding import Finding, Look
 from jaxtune.prepare.rows import Table
 
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_]{2,24}(?![\w-])")
-PHONE = re.compile(
-    r"(?<![\w+])(?:"
-    r"\+\d{1,3}(?:[ .()/-]{0,2}\d){7,12}"  # +49 30 1234567
-    r"|\(\d{2,5}\)[ -]?\d{3,4}[ .-]?\d{3,4}"  # (555) 123-4567
-    r"|\d{3}([.-])\d{3}\1\d{4}"  # 555-123-4567
-    r"|1[3-9]\d{9}"  # a Chinese mobile number
-    r")(?![\w-])"
-)
-CUED_PHONE = re.compile(
-    r"(?i)\b(tel|telephone|phone|mobile|cell|fax|telefon|whatsapp)\b(\.?\s*(?:number|no\.?|nr\.?|is|:|#)*\s*:?\s*)"
-    r"(\d(?:[ .()/-]{0,2}\d){6,13})(?![\w-])"
-)
-KEYS = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:[\s\S]{0,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----)?"
-    r"|(?<![\w-])(?:"
-    r"sk-(?:[a-z]+-)*[A-Za-z0-9_-]{16,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}"
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}"
-    r"|hf_[A-Za-z0-9]{20,}"
-    r"|xox[abeoprs]-[A-Za-z0-9-]{10,}"
-    r"|AIza[\w-]{35}"
-    r"|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"  # a JSON web token
-    r")(?![\w-])"
-)
-ASSIGNED = re.compile(
-    r"(?i)(\b(?:\w*[_-])?(?:api[_-]?key|access[_-]?key|secret(?:[_-]?key)?|auth[_-]?token|token|password|passwd|pwd)\b"
-    r"[\"']?\s*(?:=|:|=>)\s*[\"']?)([^\s\"'<>,;]{8,200})"
-)
-IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-
 
 def emails(table: Table, look: Look) -> Finding:
     """E-mail addresses."""
-    return _masking(table, "rows hold e-mail addresses", lambda s: EMAIL.sub("<EMAIL>", s) if "@" in s else s)
+    return _masking(table, "rows hold e-mail addresses", masks.without_emails)
 
 
 def phones(table: Table, look: Look) -> Finding:
     """Phone numbers: international, with an area code in brackets, in groups of 3-3-4, or after a word that says so."""
-    return _masking(table, "rows hold phone numbers", without_phones)
+    return _masking(table, "rows hold phone numbers", masks.without_phones)
 
 
 def keys(table: Table, look: Look) -> Finding:
     """API keys, private keys, web tokens, and assignments of random-looking values to names such as `password`."""
-    return _masking(table, "rows hold keys, tokens or passwords", without_keys)
+    return _masking(table, "rows hold keys, tokens or passwords", masks.without_keys)
 
 
 def accounts(table: Table, look: Look) -> Finding:
     """Bank accounts (IBAN, by its check digits) and credit cards (by Luhn's)."""
-    return _masking(table, "rows hold bank accounts or credit cards", without_accounts)
-
-
-def without_phones(text: str) -> str:
-    """
-    >>> without_phones("call +1 (555) 123-4567, or phone: 5551234567; 1000 + 2000 = 3000")
-    'call <PHONE>, or phone: <PHONE>; 1000 + 2000 = 3000'
-    """
-    return CUED_PHONE.sub(r"\1\2<PHONE>", PHONE.sub("<PHONE>", text)) if _digits(text, 7) else text
-
-
-def without_keys(text: str) -> str:
-    """
-    >>> without_keys("password = x7Gq2!kPz9 and token: word")
-    'password = <SECRET> and token: word'
-    """
-    text = KEYS.sub("<SECRET>", text)
-    return ASSIGNED.sub(lambda m: f"{m[1]}<SECRET>" if _random(m[2]) else m[0], text)
-
-
-def without_accounts(text: str) -> str:
-    """
-    >>> without_accounts("DE89 3704 0044 0532 0130 00 and 4111 1111 1111 1111, not 4111 1111 1111 1112")
-    '<IBAN> and <CARD>, not 4111 1111 1111 1112'
-    """
-    if not _digits(text, 12):
-        return text
-    text = IBAN.sub(lambda m: "<IBAN>" if _iban(m[0]) else m[0], text)
-    return CARD.sub(lambda m: "<CARD>" if _luhn(m[0]) else m[0], text)
+    return _masking(table, "rows hold bank accounts or credit cards", masks.without_accounts)
 
 
 def _masking(table: Table, title: str, mask: Callable[[str], str]) -> Finding:
     return repaired(table, changes(table, mask), title, "put a mask in their place")
-
-
-def _digits(text: str, n: int) -> bool:
-    return sum(map(str.isdigit, text)) >= n
-
-
-def _random(value: str) -> bool:
-    """Whether a value is no word: letters and digits of at least 3 bits of entropy each."""
-    if not (any(map(str.isdigit, value)) and any(map(str.isalpha, value))):
-        return False
-    return -sum(n / len(value) * math.log2(n / len(value)) for n in Counter(value).values()) >= 3.0 - 1e-9
-
-
-def _iban(text: str) -> bool:
-    plain = text.replace(" ", "")
-    if not 15 <= len(plain) <= 34:
-        return False
-    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
-
-
-def _luhn(text: str) -> bool:
-    digits = [int(c) for c in text if c.isdigit()]
-    if len(set(digits)) == 1 or digits[0] not in (2, 3, 4, 5, 6):
-        return False
-    doubled = [d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(reversed(digits))]
-    return sum(doubled) % 10 == 0
