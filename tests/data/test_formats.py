@@ -80,7 +80,7 @@ def test_max_samples_and_blank_lines(tmp_path):
         ("a.jsonl", '{"messages": [{"content": "x"}]}\n', "messages[0] should have 'role' and 'content'"),
         ("a.csv", 'text\n"x\n', "not CSV"),
         ("a.csv", "prompt,completion\nx\n", "2 columns were expected"),
-        ("a.parquet", "x", "files of type '.parquet' are not read"),
+        ("a.pdf", "x", "files of type '.pdf' are not read"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, name, text, words):
