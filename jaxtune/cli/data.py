@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxtune import config, log
-from jaxtune.cli.common import app
+from jaxtune.cli.common import Dtype, Pairs, app, dtype_of, one_of, read_config
 from jaxtune.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ Keys = Annotated[
 ]
 Format = Annotated[str | None, typer.Option("--format", help="What a row holds; told by its columns where not given.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
-_LISTED = 5
+_LISTED = 5  # rows of a finding
+_SHOWN = 3  # examples of a packed row
 
 
 def source_of(file: str, keys: list[str] | None, format: str | None) -> config.Source:
@@ -146,3 +147,105 @@ def _terms(file: Path) -> list[str]:
     except UnicodeDecodeError as e:
         raise UserError(f"--words {file}: not UTF-8 text; save it as UTF-8") from e
     return [term for line in lines if (term := line.partition("#")[0].strip())]
+
+
+@app.command()
+def augment(
+    file: Annotated[str, typer.Argument(help="Data to train on; never data that is held back.")],
+    keys: Keys = None,
+    out: Annotated[Path, typer.Option(help="Where the rows and their copies go, as JSONL.")] = Path("augmented.jsonl"),
+    eda: Annotated[str | None, typer.Option(help="Of swap, delete, insert, synonym, with commas between.")] = None,
+    table: Annotated[Path | None, typer.Option(help='Synonyms for insert and synonym: {"big": ["large"]}.')] = None,
+    typos: Annotated[str | None, typer.Option(help="Of keyboard, spelling, with commas between.")] = None,
+    copies: Annotated[int, typer.Option(min=1, help="Copies of each row.")] = 1,
+    rate: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the words that change.")] = 0.1,
+    closest: Annotated[float, typer.Option(min=0.0, max=1.0, help="Similarity that a copy has with its row.")] = 0.3,
+    column: Annotated[
+        str | None, typer.Option(help="The column that changes; the format's own where not given.")
+    ] = None,
+    format: Format = None,
+    paraphrase: Annotated[str | None, typer.Option(help="A model that paraphrases.")] = None,
+    backtranslate: Annotated[
+        list[str] | None, typer.Option(help="A model that translates; given twice, there and back.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Asks for a paraphrase.")] = "Say this in other words: {text}",
+    there: Annotated[str, typer.Option(help="Asks for a translation.")] = "Translate to German: {text}",
+    back: Annotated[str, typer.Option(help="Asks for the translation back.")] = "Translate to English: {text}",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a model.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Multiply rows: small changes of words, typing errors, paraphrase and back-translation by a local model.
+
+    Labels and answers stay; copies are marked. A copy that lost a number, a negation, a label's name or an answer's
+    span, that is too far from its row or as it was, is dropped and counted.
+    """
+    from jaxtune.prepare import augment as work
+
+    operations = [*_named("--eda", eda, work.EDA), *_named("--typos", typos, work.TYPOS)]
+    if {*operations} & {"synonym", "insert"} and table is None:
+        raise UserError("--eda synonym and insert need a table of synonyms; give it with --table")
+    if not operations and paraphrase is None and not backtranslate:
+        raise UserError("nothing to do was given; say --eda, --typos, --paraphrase or --backtranslate")
+    if backtranslate and len(backtranslate) > 2:
+        raise UserError("--backtranslate takes one model for both ways, or two")
+    rewrites = {}
+    if paraphrase or backtranslate:
+        from jaxtune import tuned
+
+        dtype_of(dtype)
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        if paraphrase:
+            asked = [(tuned.open_model(paraphrase, None, dtype), prompt)]
+            rewrites["paraphrase"] = work.by_models(asked, sampling, seed)
+        if backtranslate:
+            models = [tuned.open_model(m, None, dtype) for m in backtranslate]
+            both = [(models[0], there), (models[-1], back)]
+            rewrites["backtranslation"] = work.by_models(both, sampling, seed)
+    synonyms = work.read_table(table) if table else {}
+    options = work.Options(operations, synonyms, copies, rate, closest, seed, column)
+    n, counts = work.augment(source_of(file, keys, format), out, options, rewrites)
+    log.say(f"{n} rows read")
+    for what, count in sorted(counts.items()):
+        log.say(f"{count} copies: {what}")
+    log.say(f"written to {out}")
+
+
+def _named(option: str, given: str | None, allowed: tuple[str, ...]) -> list[str]:
+    names = [n.strip() for n in given.split(",")] if given else []
+    for n in names:
+        one_of(option, n, list(allowed))
+    return names
+
+
+@app.command()
+def preview(
+    arguments: Pairs = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Rows to show.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Write a page that shows every token.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Show rows as the model will see them, and which tokens are trained on. No weights are read."""
+    import jax
+
+    from jaxtune import job
+    from jaxtune.prepare import preview as work
+
+    jax.config.update("jax_platforms", "cpu")
+    c = read_config(arguments)
+    made = job.prepare(c.model_copy(update={"mesh": config.Mesh()}))
+    rows = work.draw(made, n, seed)
+    for remark in made.data.remarks:
+        log.say(remark)
+    log.table(work.about(made, work.template_of(made)))
+    for row in rows:
+        for line, runs in work.runs(made, row)[:_SHOWN]:
+            log.say(f"\n{line}")
+            log.sample(runs)
+        if len(row.examples) > _SHOWN:
+            log.say(f"\nrow {row.number}: {len(row.examples) - _SHOWN} more examples; --html shows all")
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        log.write_whole(html, work.html(made, rows))
+        log.say(f"written to {html}")

@@ -1,7 +1,6 @@
 """Rows as they stand in the file, and which of their columns hold questions, answers and labels."""
 
 import dataclasses
-import itertools
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 from jaxtune.config import Source
 from jaxtune.data import formats
 from jaxtune.data.examples import RECORDS, Example
+from jaxtune.data.formats import records
+from jaxtune.data.reading import Rows
 from jaxtune.errors import UserError
 
 Text = tuple[tuple[str | int, ...], str]  # where a string stands in a row, and the string
@@ -171,15 +172,47 @@ def open_table(source: Source) -> tuple[Table, list[str]]:
     Raises:
       UserError: the file cannot be read, holds no rows, or fits no format.
     """
-    from pathlib import Path
+    read = Rows(source, bad_rows="skip")
+    found, skipped = [], []
+    for origin, raw in read:
+        nested = source.format in ("auto", "qa") and "paragraphs" in raw  # an article of SQuAD has many questions
+        for place, row in records.questions(raw, origin) if nested else [(origin, raw)]:
+            if isinstance(row, UserError):
+                skipped.append(str(row))
+            else:
+                found.append(Row(place, dict(row)))
+    skipped = [*read.skipped, *skipped]
+    if not found:
+        raise UserError(f"{source.path}: holds no rows{f' that can be read; {skipped[0]}' if skipped else ''}")
+    kind = source.format if source.format != "auto" else _detected(found[:100], source.columns)
+    return Table(tuple(found), kind, source.columns, source.tags), skipped
 
-    path = Path(source.path)
-    limited = itertools.islice(formats._rows(path), source.max_samples)
-    rows = tuple(Row(f"{path}:{line}", raw) for line, raw in limited)
-    kind: str = source.format
-    if kind == "auto":
-        kind = formats.detect(formats._renamed(rows[0].raw, source.columns), rows[0].origin)
-    return Table(rows, kind, source.columns, source.tags), []
+
+def _detected(found: list[Row], columns: Mapping[str, str]) -> str:
+    """The format of the first row that has one."""
+    errors = []
+    for row in found:
+        try:
+            return formats.detect(formats.renamed(row.raw, columns), row.origin)
+        except UserError as e:
+            errors.append(e)
+    raise errors[0]
+
+
+def example(table: Table, row: Row) -> Example | str:
+    """The row as the value that it becomes in training, or why it cannot become one."""
+    raw: Mapping[str, Any] = row.raw
+    if table.format == "translation" and isinstance(raw.get("translation"), dict):
+        raw = {**raw, **raw["translation"]}
+    named: Mapping[str, Any] = formats.renamed(raw, table.columns)
+    try:
+        if table.format == "token_classification" and "slots" in named and named.get("spans") is None:
+            named = records.slots(named, row.origin)
+        return formats.FORMATS[table.format].build(named, row.origin, table.tags)
+    except KeyError as e:
+        return f"no {e}"
+    except UserError as e:
+        return str(e).removeprefix(f"{row.origin}: ")
 
 
 def walk(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[Text]:
@@ -230,13 +263,3 @@ def excerpt(text: str, limit: int = 100) -> str:
     """The beginning of a text on one line."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def example(table: Table, row: Row) -> Example | None:
-    """The row as the value that it becomes in training; None where it cannot become one."""
-    if table.format not in formats.FORMATS:
-        return None
-    try:
-        return formats.FORMATS[table.format][0](formats._renamed(row.raw, table.columns), row.origin)
-    except (UserError, KeyError):
-        return None

@@ -59,6 +59,9 @@ def prepare(source: Source, look: Look, plan: Plan, ask: Ask, tokenizer: Any = N
         {"origin": where.partition(": ")[0], "reason": where.partition(": ")[2]} for where in unreadable
     ]
     steps, before = [], table
+    if removed:
+        left_out = Finding("rows cannot be read and are left out", {})
+        steps.append(Step("unreadable", left_out, True, [(r["origin"], r["reason"]) for r in removed]))
     for name in plan.checks:
         finding = CHECKS[name](table, look)
         accepted = bool(finding.proposal) and ask(name, finding, table)
@@ -121,7 +124,7 @@ def _value(value: Any) -> str:
 
 def counter(tokenizer: Any, table: Table) -> Callable[[Table, Row], int]:
     """How many tokens a row has, in its chat template where it has one; the texts alone of rows of other kinds."""
-    examples = [e for r in table.rows[:100] if (e := rows.example(table, r)) is not None]
+    examples = [e for r in table.rows[:100] if not isinstance(e := rows.example(table, r), str)]
     template = pipeline.choose_template(Data(), tokenizer, examples, [])
     settings = Settings(template, "all")
 

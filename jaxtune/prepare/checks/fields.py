@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.prepare.finding import Finding, Look
-from jaxtune.prepare.rows import Row, Table
+from jaxtune.prepare.rows import Row, Table, example
 
 _MAY_BE_EMPTY = ("input", "system", "history", "answers", "label")
 
@@ -60,7 +60,8 @@ def _fault(table: Table, row: Row) -> str:
             return why
     if table.format in ("preference", "kto") and not "".join(table.texts(row.raw)).strip():
         return "is empty"
-    return ""
+    made = example(table, row)
+    return made if isinstance(made, str) else ""
 
 
 def _empty(value: Any) -> bool:
