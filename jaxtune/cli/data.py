@@ -196,12 +196,12 @@ def augment(
 
         dtype_of(dtype)
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        names = dict.fromkeys([*([paraphrase] if paraphrase else []), *(backtranslate or [])])
+        models = {name: tuned.open_model(name, None, dtype) for name in names}
         if paraphrase:
-            asked = [(tuned.open_model(paraphrase, None, dtype), prompt)]
-            rewrites["paraphrase"] = work.by_models(asked, sampling, seed)
+            rewrites["paraphrase"] = work.by_models([(models[paraphrase], prompt)], sampling, seed)
         if backtranslate:
-            models = [tuned.open_model(m, None, dtype) for m in backtranslate]
-            both = [(models[0], there), (models[-1], back)]
+            both = [(models[backtranslate[0]], there), (models[backtranslate[-1]], back)]
             rewrites["backtranslation"] = work.by_models(both, sampling, seed)
     synonyms = work.read_table(table) if table else {}
     options = work.Options(operations, synonyms, copies, rate, closest, seed, column)

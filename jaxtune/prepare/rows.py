@@ -149,14 +149,10 @@ class Table:
         return normal("\n".join(self.fields(raw)[0]))
 
     def whole(self, raw: Mapping[str, Any]) -> str:
-        """All that a row teaches, as one normalised text: question, answer and label; the row itself without these."""
-        asked, answered = self.fields(raw)
-        label = "" if self.label is None else json.dumps(raw.get(self.label), sort_keys=True, default=str)
-        text = "\x1f".join([*map(normal, asked), "\x1e", *map(normal, answered), label])
-        if self.format in ("tokens", "kto", "segments", "qa", "choice", "token_classification"):
-            known = {c: v for c, v in raw.items() if c in self.known and c != self.columns.get("id", "id")}
-            text += json.dumps(known, sort_keys=True, default=str)
-        return text
+        """All that a row teaches, as one text: question, answer and label, but for spaces."""
+        id = self.columns.get("id", "id")
+        known = {c: changed(v, normal) for c, v in raw.items() if c in self.known and c != id}
+        return json.dumps({c: v for c, v in known.items() if v not in (None, "", [])}, sort_keys=True, default=str)
 
     def name_of_label(self, raw: Mapping[str, Any]) -> str | None:
         """The label as a text; of several labels all, sorted."""

@@ -92,6 +92,8 @@ SECRETS = [
     ("phone number: 030 1234567", "phones"),
     ("GB82WEST12345698765432", "accounts"),
     ("5500 0000 0000 0004", "accounts"),
+    ("3782-822463-10005", "accounts"),
+    ("the card: 4111111111111111", "accounts"),
 ]
 
 
@@ -108,11 +110,19 @@ def test_secrets_are_masked_and_never_shown(secret, check):
     assert value not in finding.detail[20]
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["1000 + 2000 = 3000", "from 2019-2020 to 12.03.2021", "ISBN 978-3-16-148410-0", "pi is 3.14159265358979", "@home at 5",
-     "token: word", "the password is not here", "4111 1111 1111 1112", "order 1234567890123"],
-)  # fmt: skip
+NO_SECRETS = """1000 + 2000 = 3000
+from 2019-2020 to 12.03.2021
+ISBN 978-3-16-148410-0
+pi is 3.14159265358979
+@home at 5
+token: word
+the password is not here
+4111 1111 1111 1112
+order 1234567890123
+1646615806005 + 4111111111111111""".splitlines()
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
 def test_what_is_no_secret_stays(text):
     assert masks.without_any(text) == text
 
@@ -150,8 +160,9 @@ def test_an_empty_input_or_null_answer_is_not_missing():
 
 def test_exact_and_near_duplicates():
     long = "The quick brown fox jumps over the lazy dog near the river bank every single morning in June"
-    planted = [*clean(), {"prompt": "  " + clean()[3]["prompt"], "completion": clean()[3]["completion"] + "\n"},
-               {"prompt": "Tell: " + long, "completion": "fine"}, {"prompt": "Tell: " + long + "!", "completion": "Fine"}]  # fmt: skip
+    twice = {"prompt": "  " + clean()[3]["prompt"], "completion": clean()[3]["completion"] + "\n"}
+    nearly = [{"prompt": "Tell: " + long, "completion": "fine"}, {"prompt": f"Tell: {long}!", "completion": "Fine"}]
+    planted = [*clean(), twice, *nearly]
     t = table(planted)
     assert CHECKS["duplicates"](t, Look()).detail == {20: "as a.jsonl:4"}
     t = apply(t, CHECKS["duplicates"](t, Look()))

@@ -36,7 +36,13 @@ ASSIGNED = re.compile(
     r"[\"']?\s*(?:=|:|=>)\s*[\"']?)([^\s\"'<>,;]{8,200})"
 )
 IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
+CARD = re.compile(
+    r"(?<![\w.-])(?:\d{4}(?P<gap>[ -])\d{4}(?P=gap)\d{4}(?P=gap)\d{4}|3[47]\d\d(?P<six>[ -])\d{6}(?P=six)\d{5})"
+    r"(?![\w-])"
+)
+BARE_CARD = re.compile(r"(?<![\w.-])\d{14,19}(?![\w-])")  # may as well be a number to calculate with
+CARD_CUE = re.compile(r"(?i)card|visa|amex|american express|credit|debit|cvv|cvc|karte|tarjeta|卡")
+_ISSUERS = re.compile(r"4|5[1-5]|2[2-7]|3[0-9]|6")
 
 
 def without_emails(text: str) -> str:
@@ -72,7 +78,9 @@ def without_accounts(text: str) -> str:
     if not _digits(text, 12):
         return text
     text = IBAN.sub(lambda m: "<IBAN>" if _iban(m[0]) else m[0], text)
-    return CARD.sub(lambda m: "<CARD>" if _luhn(m[0]) else m[0], text)
+    for pattern in (CARD, BARE_CARD) if CARD_CUE.search(text) else (CARD,):
+        text = pattern.sub(lambda m: "<CARD>" if _luhn(m[0]) else m[0], text)
+    return text
 
 
 def without_any(text: str) -> str:
@@ -100,7 +108,7 @@ def _iban(text: str) -> bool:
 
 def _luhn(text: str) -> bool:
     digits = [int(c) for c in text if c.isdigit()]
-    if len(set(digits)) == 1 or digits[0] not in (2, 3, 4, 5, 6):
+    if len(set(digits)) == 1 or not _ISSUERS.match(text):
         return False
     doubled = [d if i % 2 == 0 else sum(divmod(2 * d, 10)) for i, d in enumerate(reversed(digits))]
     return sum(doubled) % 10 == 0
