@@ -105,12 +105,11 @@ def test_an_answers_span_survives_or_the_copy_goes(tmp_path):
 
 
 def test_only_the_users_last_turn_changes(tmp_path):
-    turns = [{"role": "user", "content": "Hello dear friend"}, {"role": "assistant", "content": "Hello"},
-             {"role": "user", "content": "Tell me about the river"}, {"role": "assistant", "content": "It flows"}]  # fmt: skip
+    said = ["Hello dear friend", "Hello", "Tell me about the river", "It flows"]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(said)]
     out, _ = made(tmp_path, [{"messages": turns}], "messages", operations=["swap"])
     same = [m["content"] == t["content"] for m, t in zip(out[1]["messages"], turns, strict=True)]
     assert same == [True, True, False, True]
-    ]
 
 
 def test_what_is_refused(tmp_path, capsys):
