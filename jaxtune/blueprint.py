@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,9 @@ from jaxtune.hf import files, layout, load
 from jaxtune.hf.adapters import Adapter
 from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
-from jaxtune.models import families
+from jaxtune.models import families, heads
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
+from jaxtune.models.heads import TaskHead
 from jaxtune.tuning import method as tuning
 from jaxtune.tuning.method import CHOSEN, FROZEN, Method
 from jaxtune.weights import densify, is_node, path_name, under
@@ -104,6 +105,8 @@ def draw(
     multiple: int = 1,
     param_dtype: str = "float32",
     groups: Sequence[int] | None = None,
+    task: TaskHead | Literal["own"] | None = "own",
+    seed: int = 0,
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -119,15 +122,27 @@ def draw(
       param_dtype: of trained weights.
       groups: how many consecutive layers are scanned together, where that is not as the method asks; those of one group
         have to be alike in what is wrapped and what trains.
+      task: the head, where it is not to be the folder's own; None is a language model's.
+      seed: of a head that the folder lacks.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
     """
-    decoder = families.from_hf(read_config(folder), str(folder / "config.json"))
+    hf = read_config(folder)
+    decoder = families.from_hf(hf, str(folder / "config.json"))
+    own = decoder.task
+    if task != "own" and task != own:
+        tied = bool(hf.get("tie_word_embeddings", decoder.tied)) and task is None
+        decoder = dataclasses.replace(decoder, task=task, tied=tied)
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
     decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype, groups)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
+    stored = heads.renamed(stored, own, decoder.family, back=True)
+    if decoder.task is not None:
+        stored = load.with_head(stored, plain, decoder.family, own == decoder.task, seed)
+    elif own is not None and decoder.tied:
+        stored = load.with_head(stored, plain, decoder.family, False, seed)
     mine = stored
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
@@ -297,14 +312,20 @@ def full_tensors(
     for name, t in b.stored.items():  # buffers that old files carry go along
         if layout.UNTRAINED.search(name):
             out[name] = files.Entry(t.shape, t.dtype, t.open)
-    return out
+    return heads.renamed(out, b.decoder.task, b.decoder.family)
 
 
-def write_config(folder: Path, hf: Mapping[str, Any], vocab: int, dtype: str | None = None) -> None:
-    """Write config.json where it is not there as it should be: with the number of tokens, and the dtype if given."""
-    changed: dict[str, Any] = {"vocab_size": vocab}
+def write_config(folder: Path, hf: Mapping[str, Any], decoder: DecoderConfig, dtype: str | None = None) -> None:
+    """Write config.json where it is not there as it should be: with the number of tokens, the head, and the dtype if
+    given."""
+    changed: dict[str, Any] = {"vocab_size": decoder.vocab}
     if dtype is not None:
         changed["dtype" if "dtype" in hf else "torch_dtype"] = dtype
+    if decoder.task is not None:
+        changed |= heads.to_hf(decoder.task, hf, decoder.family)
+        if hf.get("pad_token_id") is None:  # by which transformers finds the last token
+            end = hf.get("eos_token_id")
+            changed["pad_token_id"] = end[0] if isinstance(end, list) else end
     if not (folder / "config.json").exists() or any(hf.get(k) != v for k, v in changed.items()):
         (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 

@@ -70,7 +70,7 @@ def write_model(
             files.copy_files(place, folder, [*names, *mine])
         for name, blob in s.side.items():
             (folder / name).write_bytes(blob)
-        blueprint.write_config(folder, s.config, s.decoder.vocab, dtype)
+        blueprint.write_config(folder, s.config, s.decoder, dtype)
         if to == "orbax":
             cache.write(folder, s.tensors, abstract_weights(s.decoder), s.decoder.family, bar.add)
         else:

@@ -166,6 +166,40 @@ def score(
     return logprob_CB.T, greedy_CB.T
 
 
+@functools.partial(jax.jit, static_argnames=("model", "ends"))
+def follow(model: Decoder, weights: Any, d: Decoding, ids_RC: Array, length_R: Array, ends: tuple[int, ...]) -> Array:
+    """Log-probability of each of some continuations of every prompt read, the same number of each, float32 `[R]`.
+
+    Where `ends` are given, of ending there too: with any of them.
+    """
+    R, C = ids_RC.shape
+    copies = R // d.position_R.shape[0]
+    cache = _place(_rows(d.cache, lambda x, axis: jnp.repeat(x, copies, axis)))
+    first_RV, position_R = (jnp.repeat(x, copies, 0) for x in (d.logits_RV, d.position_R))
+    at_C = jnp.arange(C)
+    segment_RC = (at_C < length_R[:, None]).astype(jnp.int32)
+    outputs = model.apply({"params": weights}, ids_RC, segment_RC, position_R[:, None] + at_C, cache)[0]
+
+    def one(column: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden_RD, target_R = column
+        logits_RV = outputs.logits(hidden_RD[:, None])[:, 0]
+        return _logprob(logits_RV, target_R), _any_of(logits_RV, ends)
+
+    next_RC = jnp.roll(ids_RC, -1, 1)
+    at_once = max(1, _LOGITS_BYTES // (R * model.c.rows * 4))
+    next_CR, end_CR = jax.lax.map(one, (jnp.moveaxis(outputs.hidden_BTD, 1, 0), next_RC.T), batch_size=min(at_once, C))
+    inner_CR = jnp.where(at_C[:, None] < length_R - 1, next_CR, 0)
+    closing_R = jnp.take_along_axis(end_CR, length_R[None] - 1, 0)[0]
+    return _logprob(first_RV, ids_RC[:, 0]) + inner_CR.sum(0) + closing_R
+
+
+def _any_of(logits_BV: Array, ends: tuple[int, ...]) -> Array:
+    """The log-probability of any of some tokens; 0 where none are given."""
+    if not ends:
+        return jnp.zeros(logits_BV.shape[0])
+    return jax.nn.logsumexp(logits_BV[:, jnp.array(ends)], -1) - jax.nn.logsumexp(logits_BV, -1)
+
+
 def _logprob(logits_BV: Array, token_B: Array) -> Array:
     """The log-probability of one token a row, float32 `[B]`."""
     return jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_BV, -1)

@@ -1,6 +1,7 @@
 """Loss, perplexity and token accuracy of weights on packed rows."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,11 +27,11 @@ def scores(
 
     Sums are added up on the host in double precision, so the result does not depend on the batch size.
     """
-    totals = [0.0, 0.0, 0.0]
+    totals: Counter[str] = Counter()
     for batch in Batches(rows, batch_size, seed=None, row_count=len(rows)):
         loss_sum, count, metrics = jax.device_get(sums(weights, put(batch)))
-        for i, v in enumerate((loss_sum, count, metrics["hits"])):
-            totals[i] += float(v)
-    loss_sum, count, hits = totals
-    loss = loss_sum / max(count, 1.0)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": hits / max(count, 1.0)}
+        totals.update({"loss": float(loss_sum), "count": float(count), **{k: float(v) for k, v in metrics.items()}})
+    count = max(totals["count"], 1.0)
+    loss = totals["loss"] / count
+    accuracy = {"accuracy": totals["hits"] / count} if "hits" in totals else {}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **accuracy}

@@ -125,13 +125,14 @@ class Generator:
         found: dict[int, Scored] = {}
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
-            B = _batch(len(part))
-            T, C = (_bucket(max(map(size, (pairs[i] for i in part)))) for size in (self._length, _completed))
+            B = row_bucket(len(part))
+            T, C = (bucket(max(map(size, (pairs[i] for i in part)))) for size in (self._length, _completed))
             ids_BT, segment_BT = np.zeros((2, B, T), np.int32)
             at_BC, target_BC = np.zeros((2, B, C), np.int32)
             for row, i in enumerate(part):
                 (ids, start), first = pairs[i], len(self.first)
-                ids_BT[row, : first + len(ids)], segment_BT[row, : first + len(ids)] = [*self.first, *ids], 1
+                read = [*self.first, *ids[:-1]]  # after the last token nothing is asked
+                ids_BT[row, : len(read)], segment_BT[row, : len(read)] = read, 1
                 n = len(ids) - start
                 at_BC[row, :n], target_BC[row, :n] = first + np.arange(start - 1, len(ids) - 1), ids[start:]
             both = decoding.score(self.model, self.weights, ids_BT, segment_BT, at_BC, target_BC)
@@ -143,15 +144,15 @@ class Generator:
 
     def _pair(self, i: int, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
         """The tokens of prompt and completion, and where the completion starts."""
-        before = self._encode(prompt)
+        before = self.encode(prompt)
         whole = (
-            self._encode(prompt + completion)
+            self.encode(prompt + completion)
             if isinstance(prompt, str) and isinstance(completion, str)
-            else [*before, *self._encode(completion)]
+            else [*before, *self.encode(completion)]
         )
         if not before:
             raise UserError(f"prompt {i + 1} is empty; give at least the token that texts begin with")
-        if len(whole) > self.context:
+        if len(whole) > self.context + 1:  # the last token is not read
             raise UserError(
                 f"prompt {i + 1} and its completion have {len(whole)} tokens; the model's context is {self._room()}; "
                 "shorten the prompt"
@@ -163,25 +164,26 @@ class Generator:
         return f"{self.context}" + (f" beside {self.virtual} virtual tokens" if self.virtual else "")
 
     def _length(self, pair: tuple[list[int], int]) -> int:
-        return len(self.first) + len(pair[0])
+        return len(self.first) + len(pair[0]) - 1
 
-    def _left_padded(self, texts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def left_padded(self, texts: Sequence[list[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
         """`ids_BT` and `segment_BT` of texts, each after the virtual tokens, in so many rows."""
         texts = [[*self.first, *ids] for ids in texts]
-        T = _bucket(max(map(len, texts)))
+        T = bucket(max(map(len, texts)))
         ids_BT, segment_BT = np.zeros((2, rows, T), np.int32)
         for row, ids in enumerate(texts):
             ids_BT[row, T - len(ids) :], segment_BT[row, T - len(ids) :] = ids, 1
         return ids_BT, segment_BT
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt; nothing is added."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt, add_special_tokens=False).input_ids
         return list(prompt)
 
     def _read(self, prompts: Sequence[Prompt], s: Sampling, copies: int) -> tuple["_Read", Decoding]:
         """Prompts as tokens, checked, and prefilled in `copies` rows each."""
-        all_ids, context = [self._encode(p) for p in prompts], self.context
+        all_ids, context = [self.encode(p) for p in prompts], self.context
         for i, ids in enumerate(all_ids):
             if not ids:
                 raise UserError(f"prompt {i + 1} is empty")
@@ -192,9 +194,9 @@ class Generator:
                 )
         limits = [min(s.max_new_tokens, context - len(ids)) for ids in all_ids]
         ends = tuple(sorted({*self.eos, *s.stop_ids}))
-        B = _batch(len(all_ids))
-        ids_BT, segment_BT = self._left_padded(all_ids, B)
-        size = _bucket(ids_BT.shape[1] + max(limits) + _AHEAD)
+        B = row_bucket(len(all_ids))
+        ids_BT, segment_BT = self.left_padded(all_ids, B)
+        size = bucket(ids_BT.shape[1] + max(limits) + _AHEAD)
         keys = _keys(s.seed, [*all_ids, *[[]] * (B - len(all_ids))], copies) if s.temperature > 0 else None
         seen = s.repetition_penalty != 1.0
         d = decoding.prefill(self.model, self.weights, ids_BT, segment_BT, keys, size, copies, seen)
@@ -242,8 +244,8 @@ class _Texts:
         """Prompts and what came after them, as one."""
         d, s = self.d, self.s
         rows = [[*ids, *new] for ids, new in zip(self.prompts, self.new, strict=True)]
-        ids_RT, segment_RT = self.g._left_padded(rows, d.position_R.shape[0])
-        size = _bucket(ids_RT.shape[1] + max(self.limits) + _AHEAD)
+        ids_RT, segment_RT = self.g.left_padded(rows, d.position_R.shape[0])
+        size = bucket(ids_RT.shape[1] + max(self.limits) + _AHEAD)
         again = decoding.prefill(
             self.g.model, self.g.weights, ids_RT, segment_RT, d.key_R, size, 1, s.repetition_penalty != 1.0
         )
@@ -303,7 +305,7 @@ class _Beams:
             )
         B = self.d.position_R.shape[0] // s.beams
         limits = [*self.read.limits, *[0] * (B - len(self.read.limits))]  # rows of padding are done
-        self.x = sampling.begin(jnp.array(limits, jnp.int32), _bucket(max(limits)), s)
+        self.x = sampling.begin(jnp.array(limits, jnp.int32), bucket(max(limits)), s)
         self.finished = False
 
     def advance(self, n: int) -> None:
@@ -331,11 +333,13 @@ def _on_device(s: Sampling) -> Sampling:
     return dataclasses.replace(s, max_new_tokens=1, **rest)
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
+    """A length rounded up."""
     return -(-max(n, 1) // _BUCKET) * _BUCKET
 
 
-def _batch(n: int) -> int:
+def row_bucket(n: int) -> int:
+    """A number of rows rounded up."""
     return 1 << (max(n, 1) - 1).bit_length() if n <= _ROWS else -(-n // _ROWS) * _ROWS
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, log, optim, sharding, tuning
+from jaxtune import blueprint, config, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode, pipeline
@@ -29,7 +29,9 @@ from jaxtune.data.pipeline import Batch, Prepared
 from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.metrics.base import better
 from jaxtune.models import families
+from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
@@ -152,13 +154,26 @@ def prepare(c: Config) -> Job:
     vocab = vocabulary(c.vocabulary, words, rows, str(side))
     first = blueprint.table_rows(vocab, c.vocabulary.multiple)
     virtual = range(first, first + (c.tuning.tokens if isinstance(c.tuning, config.Prompt) else 0))
-    data = pipeline.prepare(data_with_demo(c.data), words, c.train.seed, c.objective, virtual)
+    if c.objective in CLASSES and isinstance(c.tuning, config.Prompt | config.Prefix):
+        raise UserError(
+            f"objective {c.objective}: tuning.method={c.tuning.method} exports a prompt alone, without the head; take "
+            "lora, ia3, freeze or full"
+        )
+    sets = data_with_demo(c.data)
+    ask = tasks.asking(sets) if c.objective in ("sft", "pretrain") else None
+    data = pipeline.prepare(sets, words, c.train.seed, c.objective, virtual, ask)
+    check_evaluation(c, data)
+    head = TaskHead(c.objective, data.labels, data.multi) if c.objective in CLASSES else None
+    if head is not None and not head.opens_in_transformers(decoder.family):
+        log.warn(
+            f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
+        )
     mesh = sharding.make_mesh(c.mesh)
     steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple, c.train.param_dtype,
+        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
@@ -188,6 +203,26 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
     return Job(c, data, words, b, mesh, steps, row_count, state, tx)
+
+
+def check_evaluation(c: Config, data: Prepared) -> None:
+    """Look for what evaluations need; ask the validation set as `evaluate.task` does, without a model.
+
+    Raises:
+      UserError: there is no such metric or task, or nothing that it could ask.
+    """
+    better(c.evaluate.metric)
+    for key in ("best", "patience"):
+        if getattr(c.evaluate, key) and not data.validation:
+            raise UserError(f"evaluate.{key} looks at the validation set, and there is none; set data.validation")
+    if c.evaluate.task is None:
+        return
+    if c.objective in CLASSES:
+        raise UserError(f"evaluate.task answers in words, and objective {c.objective} has a head; leave it out")
+    task = tasks.named(c.evaluate.task)
+    if not data.held:
+        raise UserError("evaluate.task answers the validation set, and there is none; set data.validation")
+    tasks.questions(task, data.held[: c.evaluate.max_samples], tasks.options_of(c.data))
 
 
 def optimiser(
@@ -246,6 +281,8 @@ def _method(
 ) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
     method = tuning.make(tuning_config, decoder, training)
+    if decoder.task is not None:
+        method = method._replace(rules=[(f"^{decoder.task.module}/", tuning_method.TRAIN), *method.rules])
     if read is None or not isinstance(tuning_config, config.Lora):
         return method
 

@@ -119,15 +119,22 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The output matrix of a language model, handed to the objective as a value: full logits are never made here."""
+    """The output matrix, and its bias if it has one, handed to the objective as values: full logits are never made
+    here."""
 
     dims: Mapping[str, int]
+    to: str = "vocab"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self) -> Any:
-        shape = self.dims["embed"], self.dims["vocab"]
+        shape = self.dims["embed"], self.dims[self.to]
         init = nn.initializers.lecun_normal()
-        return parameter(self, "weight", lambda k, s: Weight(init(k, s), ("embed", "vocab"), n_in=1), shape)
+        w = parameter(self, "weight", lambda k, s: Weight(init(k, s), ("embed", self.to), n_in=1), shape)
+        if not self.use_bias:
+            return w
+        bias: Any = self.param("bias", lambda _, s: Weight(jnp.zeros(s), (self.to,)), shape[1:])
+        return w, bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +147,11 @@ class Readout:
     vocab: int = 0  # rows of the head beyond it are padding and never likely; 0 is none
 
     def __call__(self, hidden_BTD: Array, head: Any) -> Array:
-        """Logits in float32, `[B, T, V]`."""
-        logits_BTV = einsum(self.eqn, hidden_BTD, head).astype(jnp.float32)
+        """Logits in float32, `[B, T, V]`. `head` is a matrix, or one and a bias."""
+        weight, bias = head if isinstance(head, tuple) else (head, None)
+        logits_BTV = einsum(self.eqn, hidden_BTD, weight).astype(jnp.float32)
+        if bias is not None:
+            logits_BTV = logits_BTV + bias.astype(jnp.float32)
         if self.scale != 1.0:
             logits_BTV = logits_BTV * self.scale
         if self.softcap:
@@ -153,7 +163,7 @@ class Readout:
 
 @flax.struct.dataclass
 class Outputs:
-    """What a language model gives: last hidden states, and the head that would turn them into logits."""
+    """What a model gives: last hidden states, and the head that would turn them into logits."""
 
     hidden_BTD: Array
     head: Any

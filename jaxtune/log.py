@@ -100,8 +100,8 @@ def sample(runs: Sequence[tuple[str, bool]], limit: int = 1500) -> None:
 class RunLog:
     """The log of a run folder. Lines past `start` (of a run that was killed) are dropped."""
 
-    def __init__(self, folder: Path, start: int, total: int) -> None:
-        self.folder, self.total, self.start = folder, total, start
+    def __init__(self, folder: Path, start: int, total: int, metric: str = "loss") -> None:
+        self.folder, self.total, self.start, self.metric = folder, total, start, metric
         self.file = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
@@ -138,11 +138,16 @@ class RunLog:
         if any(m["step"] == n and "eval_loss" in m for m in self.history):
             return
         self.write(n, {f"eval_{k}": v for k, v in values.items()})
-        self.line(f"step {n}/{self.total}  " + "  ".join(f"validation {k} {v:.4f}" for k, v in values.items()))
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if self._is_shown(k))
+        self.line(f"step {n}/{self.total}  validation {shown}")
         self._ticks.clear()  # the time of an evaluation is not that of steps
         self._idle_until = time.perf_counter()
         if not self._done:
             self._began = self._idle_until
+
+    def _is_shown(self, name: str) -> bool:
+        """Of many scores the averages and parts (f1_macro) are written only."""
+        return "_" not in name or name == self.metric
 
     def line(self, text: str) -> None:
         """A line of its own, not in the live one."""
@@ -165,7 +170,7 @@ class RunLog:
         """The first and the last scores on the validation set."""
         held = [m for m in self.history if "eval_loss" in m]
         if len(held) > 1:
-            names = [k for k in held[-1] if k.startswith("eval_")]
+            names = [k for k in held[-1] if k.startswith("eval_") and self._is_shown(k[5:])]
             self.line("validation " + ", ".join(f"{k[5:]} {held[0][k]:.4f} → {held[-1][k]:.4f}" for k in names))
 
     def close(self) -> None:

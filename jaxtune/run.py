@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, evaluate, log, optim, sharding
+from jaxtune import blueprint, config, log, measuring, optim, sharding
 from jaxtune.allocation import Allocation
+from jaxtune.best import Best, hopeless
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
@@ -26,7 +27,6 @@ from jaxtune.errors import Interrupted, UserError
 from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
-    apply_of,
     check_disk,
     compile_step,
     data_with_demo,
@@ -37,7 +37,6 @@ from jaxtune.job import (
 )
 from jaxtune.layers import unbox
 from jaxtune.nodes import soft_prompt
-from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import adalora
 from jaxtune.tuning import method as tuning_method
@@ -73,7 +72,8 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
     checkpoints = Checkpoints(out / CHECKPOINTS, c.checkpoint.keep)
     about = job.about
     start = start_step(c, checkpoints, about)
-    if start == job.steps and (out / EXPORT).exists():
+    history = [m for m in log.read_metrics(out / "metrics.jsonl") if m["step"] <= start]
+    if (start == job.steps or hopeless(c.evaluate, history)) and (out / EXPORT).exists():
         log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
         return checkpoints.close()
     log.write_whole(out / CONFIG, config.dump(c))
@@ -104,10 +104,10 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
         del frozen
         introduce(job, compiled)
         try:
-            state = _loop(job, state, compiled, batches, checkpoints, start, about, told)
+            weights = _loop(job, state, compiled, batches, checkpoints, start, about, told)
         finally:
             checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
-        export(job, state)
+        export(job, weights)
 
 
 def _loop(
@@ -119,13 +119,13 @@ def _loop(
     start: int,
     about: dict[str, Any],
     told: threading.Event,
-) -> State:
-    """The loop with its log, evaluations, checkpoints and signals."""
+) -> Tree:
+    """The loop with its log, evaluations, checkpoints and signals. Returns the weights to export."""
     c, held = job.config, job.data.validation
-    runlog = log.RunLog(Path(c.output), start, job.steps)
+    runlog = log.RunLog(Path(c.output), start, job.steps, c.evaluate.metric)
     rate = optim.schedule(c.optim, job.steps)
-    sums = jax.jit(evaluate.make_sums(apply_of(job.blueprint), OBJECTIVES[c.objective]))
-    eval_batch = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
+    measure = measuring.make(job)
+    best = Best(Path(c.output), c.evaluate, runlog.history, start) if held is not None else None
 
     def on_log(n: int, values: dict[str, float], batch: Batch) -> None:
         write = n % c.train.log_every == 0 or n in (1, job.steps)
@@ -133,21 +133,25 @@ def _loop(
         runlog.step(n, {**values, "learning_rate": learning_rate}, batch.tokens, write)
 
     def on_evaluate(n: int, state: State) -> None:
-        if held is not None:
-            weights = measured(state)
-            runlog.evaluation(n, evaluate.scores(sums, weights, held, eval_batch, putter(job.mesh, None)))
+        if best is None or any(m["step"] == n and "eval_loss" in m for m in runlog.history):
+            return
+        trained = optim.averaged(state.optimiser, state.trainable)
+        runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
+        best.see(n, trained)
 
     def on_save(n: int, state: State) -> None:
         checkpoints.save(n, state.saved(), batches.state, about)
 
     with contextlib.ExitStack() as closing:
         closing.enter_context(contextlib.closing(runlog))
+        if best is not None:
+            closing.enter_context(contextlib.closing(best))
         if (choice := job.blueprint.method.choice) is not None:
             record = closing.enter_context(contextlib.closing(Allocation(Path(c.output), start, choice)))
             compiled = record.watching(compiled)
         if not start:
             on_evaluate(0, state)
-        hooks = Hooks(on_log, on_evaluate, on_save, told.is_set)
+        hooks = Hooks(on_log, on_evaluate, on_save, lambda: told.is_set() or (best is not None and best.hopeless))
         every = Every(c.evaluate.every, c.checkpoint.every)
         put = putter(job.mesh, c.train.accumulation)
         state, n = loop(
@@ -164,8 +168,11 @@ def _loop(
         if told.is_set() and n < job.steps:
             checkpoints.wait()
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
+        if n < job.steps:
+            log.say(f"stopped after step {n}: {c.evaluate.patience} evaluations without a better {c.evaluate.metric}")
         runlog.summary()
-    return state
+        kept = None if best is None else best.restored(job.state.trainable)
+    return measured(state) if kept is None else tuning_method.join(kept, state.frozen)
 
 
 def measured(state: State) -> Tree:
@@ -211,11 +218,10 @@ def _told_to_stop() -> Iterator[threading.Event]:
             signal.signal(s, h)
 
 
-def export(job: Job, state: State) -> Path:
+def export(job: Job, weights: Tree) -> Path:
     """Write `export/`: a PEFT adapter after LoRA, else a whole Hugging Face folder. It appears when it is complete."""
     target = Path(job.config.output) / EXPORT
-    weights = blueprint.boxed(job.blueprint, measured(state))
-    write_export(target, job.blueprint, weights, job.config, job.data.template)
+    write_export(target, job.blueprint, blueprint.boxed(job.blueprint, weights), job.config, job.data.template)
     log.write_whole(target.parent / "README.md", _card(job, target))
     log.say(f"exported to {target}")
     return target
@@ -237,7 +243,9 @@ def write_export(
             if (prompt := soft_prompt.of(weights)) is not None:
                 soft_prompts.write(folder, prompt, base, b.decoder)
             else:
-                adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora)
+                adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora, b.decoder.task)
+            if b.decoder.task is not None:  # which labels there are
+                blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
             if isinstance(t, config.Lora) and t.adapter is not None:
@@ -245,7 +253,7 @@ def write_export(
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))
-            blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder.vocab)
+            blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder)
         if c.vocabulary.add or c.vocabulary.special:
             grown = tokenizer.load(folder)
             tokenizer.add(grown, c.vocabulary.add, c.vocabulary.special)
@@ -259,12 +267,11 @@ def _card(job: Job, target: Path) -> str:
     c = job.config
     metrics = log.read_metrics(Path(c.output) / "metrics.jsonl")
     held = [m for m in metrics if "eval_loss" in m]
-    scores = (
-        f"Validation loss {held[0]['eval_loss']:.4f} before and {held[-1]['eval_loss']:.4f} after, token accuracy "
-        f"{held[0]['eval_accuracy']:.4f} and {held[-1]['eval_accuracy']:.4f}.\n\n"
-        if held
-        else ""
-    )
+    scores = ""
+    if held:
+        names = [k for k in held[-1] if k.startswith("eval_")]
+        rows = [f"| {k[5:]} | {held[0][k]:.4f} | {held[-1][k]:.4f} |" for k in names if k in held[0]]
+        scores = "\n".join(["| validation | before | after |", "|---|---|---|", *rows]) + "\n\n"
     sources = "\n".join(f"- `{Path(s.path).name}`" for s in data_with_demo(c.data).sources)
     versions = ", ".join(f"{k} {v}" for k, v in job.about["versions"].items())
     library = "peft" if isinstance(c.tuning, config.Adapter) else "transformers"

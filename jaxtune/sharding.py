@@ -26,6 +26,7 @@ RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
     "head": None,
     "gate_up": None,
     "router": None,
+    "classes": None,
     "layers": None,
     "rank": None,
     "virtual": None,

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from jaxtune import blueprint, config, evaluate, job, log, optim, run, sharding
+from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, run, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
-from jaxtune.data import encode, formats
-from jaxtune.data.examples import Conversation, Document, Example, Message
+from jaxtune.data import encode, formats, pipeline
+from jaxtune.data import heads as data_heads
+from jaxtune.data.examples import Conversation, Document, Example, Message, Record
+from jaxtune.data.heads import HeadSettings
 from jaxtune.data.pipeline import Rows
 from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
 from jaxtune.hf import adapters, several, soft_prompts, tokenizer
 from jaxtune.layers import unbox
+from jaxtune.models import heads
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
@@ -71,6 +75,8 @@ class Tuned:
 
     @functools.cached_property
     def generator(self) -> Generator:
+        if (head := self.blueprint.decoder.task) is not None:
+            raise UserError(f"the model has a head for {head.kind} and says no text; use `evaluate` or `predict`")
         return Generator(self.blueprint.model, self.weights, self.tokenizer, self.eos)
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -94,6 +100,26 @@ class Tuned:
             log.warn(f"the conversation is longer than the model's context of {context} tokens: its oldest turns go")
         with jax.set_mesh(self.mesh):
             yield from self.generator.stream(self.prompt(kept), s)
+
+    def judge(self, records: Sequence[Record], s: HeadSettings, batch_size: int) -> list[np.ndarray]:
+        """The head's outputs for the examples of records, see `head_scores.outputs`."""
+        remarks: list[str] = []
+        packed = config.Data(max_length=s.room)
+        answers = ("label", "tags", "spans", "answers")  # what is right has no part in it, and may be unheard of
+        records = [r._replace(row={k: v for k, v in r.row.items() if k not in answers}) for r in records]
+        rows = pipeline.to_rows(records, lambda e: data_heads.encode(e, self.tokenizer, s), packed, "data", remarks)
+        logits = jax.jit(head_scores.make_logits(job.apply_of(self.blueprint), s.objective))
+        with jax.set_mesh(self.mesh):
+            return head_scores.outputs(logits, self.weights, rows, batch_size, job.putter(self.mesh, None), s.objective)
+
+    def head_settings(self, data: config.Data) -> HeadSettings | None:
+        """How its head reads a data section's rows; None where it is a language model."""
+        head = self.blueprint.decoder.task
+        if head is None:
+            return None
+        if data.truncate == "drop":  # every row gets an answer
+            data = data.model_copy(update={"truncate": "right"})
+        return pipeline.head_settings(data, head.kind, head.labels, head.multi)
 
     def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
         """Loss, perplexity and token accuracy on rows."""
@@ -238,7 +264,10 @@ def draw(
         return frozen._replace(wrap=read.on(decoder), made=True, virtual=read.virtual)
 
     vocab = read.rows() if read else None
-    return blueprint.draw(model, method, mesh, dtype, adapter=read, vocab=vocab, groups=groups)
+    task: Any = "own"
+    if (side := getattr(read, "folder", None)) is not None and (side / "config.json").exists():
+        task = heads.from_hf(blueprint.read_config(side))  # an adapter that brings a head says so there
+    return blueprint.draw(model, method, mesh, dtype, adapter=read, vocab=vocab, groups=groups, task=task)
 
 
 def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
@@ -270,6 +299,7 @@ def predict(
     batch_size: int,
     said: Callable[[int, int], None],
     logprobs: bool = False,
+    data: config.Data | None = None,
 ) -> int:
     """Answer every row of a file, to JSONL with `prompt`, `prediction`, `finish` and, where there is one, `reference`.
 
@@ -277,10 +307,14 @@ def predict(
     lists, one entry per sample. With several models `predictions`, `finish` and `logprobs` are maps from their names,
     and `prompt` is one too where their chat templates differ.
 
+    A model with a head says what it says of each row instead; `data` tells how its rows are read.
+
     Returns: the number of rows. The file appears when it is complete.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file for the answers")
+    if isinstance(models, Tuned) and (settings := models.head_settings(data or config.Data())) is not None:
+        return _judged(models, source, settings, out, batch_size)
     examples = formats.read(source, answers=False)
     named = {"": models} if isinstance(models, Tuned) else models
     asked = {name: [_pair(m, e) for e in examples] for name, m in named.items()}
@@ -304,6 +338,17 @@ def predict(
     finally:
         temporary.unlink(missing_ok=True)
     return len(examples)
+
+
+def _judged(tuned: Tuned, source: config.Source, s: HeadSettings, out: Path, batch_size: int) -> int:
+    """What a head says of every row."""
+    kind = data_heads.READS[s.objective]
+    source = source.model_copy(update={"format": kind}) if source.format == "auto" else source
+    records = data_heads.records(formats.read(source, answers=False), s.objective)
+    rows = head_scores.predictions(s, tuned.tokenizer, records, iter(tuned.judge(records, s, batch_size)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log.write_whole(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    return len(rows)
 
 
 def _pair(tuned: Tuned, e: Example) -> tuple[str, str | None]:

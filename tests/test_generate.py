@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +9,7 @@ from jaxtune import cli, decoding
 from jaxtune.errors import UserError
 from jaxtune.generate import Sampling, choose
 from jaxtune.tuned import open_model
-from tests.tiny import write_jsonl, write_tiny
+from tests.tiny import on_eight_devices, write_jsonl, write_tiny
 
 PROMPTS = ["the fox", "1 + 2 =", "the fox eats berries and the fox eats"]
 
@@ -259,11 +256,8 @@ print("FOUND", json.dumps(out))
 def test_a_mesh_gives_the_same_texts(tmp_path):
     """Of a cache that is split: rows over data and fsdp, heads over tensor, where they divide."""
     folder = write_tiny(tmp_path / "m", seed=3)
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     prompts = [*PROMPTS, "2 + 2 ="]
-    args = [sys.executable, "-c", MESHED, str(folder), json.dumps(prompts)]
-    ran = subprocess.run(args, env=env, check=False, timeout=300, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    ran = on_eight_devices(MESHED, folder, json.dumps(prompts))
     greedy, beams, split, again, whole_heads = json.loads(ran.stdout.split("FOUND")[1])
     generator = open_model(str(folder)).generator
     assert greedy == again == [g.ids for g in generator.generate(prompts, Sampling(12))]

@@ -15,29 +15,62 @@ from jaxtune.errors import UserError
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[str, typer.Argument(help="A JSONL or CSV file, or demo.")],
-    keys: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the data section.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DATA] [KEY=VALUE]...", help="A data file, or demo; keys of the data section."),
     ] = None,
+    data_file: Annotated[str | None, typer.Option("--data", help="The data, where it is not the argument.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     objective: Annotated[str | None, typer.Option(help="sft or pretrain; the run's own, else sft.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer the rows and score the answers: classification, qa, translation, summarisation, dialogue, "
+            "maths, choice."
+        ),
+    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Of a task: only the first n rows.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a task: the longest answer.")] = None,
+    language: Annotated[str | None, typer.Option(help="Of a task's answers: de, zh; seen where not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where scores and answers go; the run folder.")] = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Tasks of lm_eval, with commas between.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder of further tasks for lm_eval.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="lm_eval asks through the model's chat template.")
+    ] = False,
 ) -> None:
-    """Loss, perplexity and token accuracy on a data file; also written to scores.json in a run folder."""
+    """Loss, perplexity and token accuracy on a data file; or the scores of a head, of a task, or of lm_eval's.
+
+    They are also written to scores.json in the run folder, or in --out.
+    """
     from jaxtune import job, run, tuned
+    from jaxtune.cli import scores as measure
     from jaxtune.data import pipeline
 
+    data, keys = measure.data_and_keys(arguments or [], data_file, lm_eval is not None)
+    if lm_eval is not None:
+        model = tuned.open_model(target, adapter, dtype_of(dtype))
+        folder = measure.folder_of(target, out)
+        return measure.by_lm_eval(
+            model, lm_eval.split(","), include_path, batch_size, max_samples, chat_template, folder
+        )
+    if task is not None:
+        asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language)
+        return measure.by_task(target, adapter, dtype_of(dtype), asked, measure.folder_of(target, out))
     trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
     objective = objective or (trained.objective if trained else "sft")
     one_of("--objective", objective, ["sft", "pretrain"])
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, dtype_of(dtype))
+    if model.blueprint.decoder.task is not None:
+        return measure.by_head(model, target, data, keys, batch_size, max_samples, measure.folder_of(target, out))
     context = model.blueprint.decoder.context
     own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
     base = {"data": {"max_length": min(1024, context), **own}}
-    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
+    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys).items()})
     options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
     prepared = pipeline.prepare(options, model.tokenizer, 0, objective, model.blueprint.virtual_ids)
     for remark in prepared.remarks:
@@ -94,8 +127,9 @@ def predict(
         model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype))
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
     given = {"data": {**given.get("data", {}), "train": file}}
-    source = config.load(None, given).data.sources[0].model_copy(update={"max_samples": max_samples})
-    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
+    data = config.load(None, given).data
+    source = data.sources[0].model_copy(update={"max_samples": max_samples})
+    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs, data)
     log.say(f"{n} answers written to {out}")
 
 

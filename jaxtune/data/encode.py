@@ -1,8 +1,7 @@
 """Examples to token ids and a loss mask.
 
-The whole rendered conversation is tokenised once, exactly as it would be at inference; which tokens are the
-assistant's follows from the characters that the template put between the prompt of a turn and the end of that turn,
-so any template works, with or without a generation tag.
+The whole rendered conversation is tokenised once, exactly as it would be at inference; which tokens are trained on
+follows from the characters of its turns (`turns`). What is longer than a row is cut (`truncation`).
 """
 
 import itertools
@@ -11,16 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.data.examples import Conversation, Document, Example, Message
+from jaxtune.data import truncation
+from jaxtune.data.examples import Conversation, Document, Example, Judged, Message, Pair, Record, Segments, Tokens
+from jaxtune.data.turns import Texts, find, lay_out, with_system
 from jaxtune.errors import UserError
-
-# What templates take for today: a day that moved would make other data of the same file, and a run could not go on.
-_PARTS = {"%Y": "2024", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%H": "12", "%M": "00", "%S": "00"}
-_DATED = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace('{k}', '{v}')" for k, v in _PARTS.items())
-    + " }}{%- endmacro -%}"
-)
 
 
 class Encoded(NamedTuple):
@@ -62,93 +55,128 @@ def encode(example: Example, tokenizer: Any, s: Settings) -> Encoding:
         if isinstance(example, Document):
             starts = range(0, len(e.ids), s.room)
             pieces, outcome = [Encoded(e.ids[i : i + s.room], e.mask[i : i + s.room]) for i in starts], "split"
+        elif s.truncate == "drop":
+            return Encoding([], "long")
         else:
-            pieces, outcome = [Encoded(e.ids[: s.room], e.mask[: s.room])], "cut"
+            cut = _cut(example, e, tokenizer, s)
+            if cut is None:
+                return Encoding([], "long")
+            pieces, outcome = [cut], "cut"
     kept = [p for p in (with_virtual(s.virtual, p) for p in pieces) if p.mask[1:].any()]  # the first is never predicted
     return Encoding(kept, outcome if kept else "empty")
 
 
 def tokens(example: Example, tokenizer: Any, s: Settings) -> Encoded:
-    """One example as tokens, whole. Documents are trained on throughout and closed with the end-of-sequence token."""
-    if isinstance(example, Document):
-        ids = tokenizer(example.text).input_ids
-        eos = tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
-            ids = [*ids, eos]
-        return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool))
-    if not isinstance(example, Conversation) or s.template is None:
-        raise ValueError(f"{example.origin}: a conversation and a template were expected")
-    text, spans = render(example, tokenizer, s.template, s.train_on)
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start_end = np.array(out.offset_mapping, np.int64).reshape(-1, 2)
-    mask = np.zeros(len(start_end), bool)
-    for a, b in spans:
-        mask |= (start_end[:, 0] < b) & (start_end[:, 1] > a)
-    return Encoded(np.array(out.input_ids, np.int32), mask)
+    """One example as tokens, whole.
 
-
-def render(conversation: Conversation, tokenizer: Any, template: str, train_on: str) -> tuple[str, list[tuple]]:
-    """The conversation's text, and the spans of characters that are trained on.
+    Documents are trained on throughout and closed with the end-of-sequence token. Segments are as they are: special
+    tokens stand in their text.
 
     Raises:
-      UserError: there is no assistant turn, or the template rewrites earlier turns.
+      UserError: it cannot be rendered, or is of a kind that this objective does not take.
     """
-    messages = [m.seen() for m in conversation.messages]
-    text = _apply(tokenizer, template, messages, conversation.origin)
-    if train_on == "all":
-        return text, [(0, len(text))]
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns:
-        raise UserError(f"{conversation.origin}: has no assistant turn to train on; add one or set data.train_on=all")
-    spans = []
-    for i in turns[-1:] if train_on == "last" else turns:
-        before = _apply(tokenizer, template, messages[:i], conversation.origin, prompt=True)
-        upto = text if i + 1 == len(messages) else _apply(tokenizer, template, messages[: i + 1], conversation.origin)
-        if not (text.startswith(upto) and upto.startswith(before)):
+    match example:
+        case Conversation():
+            laid = _lay(example, tokenizer, s)
+            return Encoded(laid.ids, laid.mask)
+        case Document():
+            ids = tokenizer(example.text).input_ids
+            eos = tokenizer.eos_token_id
+            if eos is not None and (not ids or ids[-1] != eos):
+                ids = [*ids, eos]
+            return Encoded(np.array(ids, np.int32), np.ones(len(ids), bool))
+        case Segments():
+            ends = list(itertools.accumulate(len(text) for text, _ in example.parts))
+            spans = [(b - len(text), b) for b, (text, on) in zip(ends, example.parts, strict=True) if on]
+            ids_n, mask_n, _ = _tokenised("".join(text for text, _ in example.parts), spans, tokenizer)
+            return Encoded(ids_n, mask_n)
+        case Tokens():
+            if example.ids and not 0 <= min(example.ids) <= max(example.ids) < len(tokenizer):
+                raise UserError(
+                    f"{example.origin}: has token ids from {min(example.ids)} to {max(example.ids)}, the tokenizer "
+                    f"those from 0 to {len(tokenizer) - 1}; tokenise it with this model's tokenizer"
+                )
+            return Encoded(np.array(example.ids, np.int32), np.array(example.mask, bool))
+        case Pair():
+            what = "two answers, one preferred, which objective=dpo compares; objective=sft takes one: map prompt and "
+            raise UserError(f"{example.origin}: has {what}completion with data.columns, and set data.format")
+        case Judged():
+            what = "an answer judged good or bad, which objective=kto takes; objective=sft takes answers to learn: map "
+            raise UserError(f"{example.origin}: has {what}prompt and completion with data.columns, and set data.format")
+        case Record():
             raise UserError(
-                f"{conversation.origin}: the chat template rewrites turn {i} when more follows, so what the model "
-                "would see differs; set data.train_on=last, or another data.template"
+                f"{example.origin}: is a row of {example.task}; set evaluate.task={example.task} to put it as a "
+                "question, or an objective that takes such rows"
             )
-        spans.append((len(before), len(upto.rstrip())))
-    return text, spans
 
 
-def prompt_text(conversation: Conversation, tokenizer: Any, template: str) -> tuple[str, str | None]:
-    """What to generate from, and the answer that the conversation ends with, if it does."""
-    messages = [m.seen() for m in conversation.messages]
-    answer = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
-    if not messages:
-        raise UserError(f"{conversation.origin}: has nothing before the assistant's turn to answer to")
-    return _apply(tokenizer, template, messages, conversation.origin, prompt=True), answer
+def _lay(c: Conversation, tokenizer: Any, s: Settings, anchored: bool = False) -> truncation.Laid:
+    """A conversation as tokens; `anchored` finds its last answer even where all is trained on."""
+    if s.template is None:
+        raise UserError(f"{c.origin}: a conversation needs a chat template; name one with data.template")
+    c, texts = with_system(c, s.system), Texts(tokenizer, s.template, s.thinking)
+    turns = lay_out(c, texts, s.train_on)
+    ids, mask, offsets = _tokenised(turns.text, turns.trained, tokenizer)
+    start = max((a for a, _ in turns.trained), default=0)
+    if anchored and s.train_on == "all":
+        last = len(c.messages) - 1
+        _, answers, marked = find(c, texts, [last])
+        start = max(a for a, _ in [*answers.values(), *marked])
+    return truncation.Laid(ids, mask, int((offsets[:, 1] > start).argmax()) if len(offsets) else 0)
+
+
+def _tokenised(
+    text: str, spans: Sequence[tuple[int, int]], tokenizer: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids `[n]`, whether any character of a token lies in a span `[n]`, and the characters of each `[n, 2]`."""
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = np.array(out.offset_mapping, np.int64).reshape(-1, 2)
+    mask = np.zeros(len(offsets), bool)
+    for a, b in spans:
+        mask |= (offsets[:, 0] < b) & (offsets[:, 1] > a)
+    return np.array(out.input_ids, np.int32), mask, offsets
+
+
+def _cut(example: Example, e: Encoded, tokenizer: Any, s: Settings) -> Encoded | None:
+    """What stays of an example that is too long."""
+    if isinstance(example, Conversation):
+        c = with_system(example, s.system)
+        answers = [i for i, m in enumerate(c.messages) if m.role == "assistant" and m.trained]
+        answers = answers[-1:] if s.train_on == "last" else answers
+        if answers:
+            kept = truncation.cut(c, answers, s.room, s.truncate, lambda c: _lay(c, tokenizer, s, True), tokenizer)
+            return None if kept is None else Encoded(*kept)
+    return Encoded(*truncation.cut_plain(e.ids, e.mask, s.room, s.truncate))
+
+
+def prompt_text(
+    conversation: Conversation, tokenizer: Any, template: str, thinking: str = "auto", system: str | None = None
+) -> tuple[str, str | None]:
+    """What to generate from, and the answer that the conversation ends with, if it does.
+
+    `thinking` and `system` are those of `Settings`.
+    """
+    c = with_system(conversation, system)
+    answer = c.messages[-1].content if c.messages[-1].role == "assistant" else None
+    asked = c if answer is None else c._replace(messages=c.messages[:-1])
+    if not asked.messages:
+        raise UserError(f"{c.origin}: has nothing before the assistant's turn to answer to")
+    [prompt] = Texts(tokenizer, template, thinking)(asked, [(len(asked.messages), True)])
+    return prompt.text, answer
 
 
 def turn_end(tokenizer: Any, template: str | None) -> list[int]:
-    """The token with which a template ends the assistant's turn, if it is a single special one; else nothing."""
+    """The special token that a template writes after the assistant's words, if it writes one; else nothing."""
     if template is None:
         return []
-    messages = (Message("user", "a"), Message("assistant", "b"))
+    c = Conversation((Message("user", "a"), Message("assistant", "b")), "messages", "the template")
     try:
-        text, [(start, stop)] = render(Conversation(messages, "messages", "the template"), tokenizer, template, "last")
+        turns = lay_out(c, Texts(tokenizer, template), "last")
     except UserError:  # it wants other turns than these
         return []
-    ids = tokenizer(text[start:stop].rpartition("b")[2], add_special_tokens=False).input_ids
-    return ids if len(ids) == 1 and ids[0] in {*tokenizer.added_tokens_decoder} else []
-
-
-def _apply(tokenizer: Any, template: str, messages: list[dict], origin: str, prompt: bool = False) -> str:
-    import jinja2
-
-    if not messages:
-        return ""
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=_DATED + template if "strftime_now" in template else template,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    except jinja2.TemplateError as e:
-        raise UserError(f"{origin}: the chat template refuses the conversation: {e}") from e
+    [(start, stop)] = turns.trained
+    ids = tokenizer(turns.text[start:stop].rpartition("b")[2].strip(), add_special_tokens=False).input_ids
+    return ids[:1] if ids and ids[0] in {*tokenizer.added_tokens_decoder} else []
 
 
 def with_virtual(virtual: Sequence[int], e: Encoded) -> Encoded:

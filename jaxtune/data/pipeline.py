@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import Data
-from jaxtune.data import encode, formats, templates
+from jaxtune.data import encode, formats, heads, templates
 from jaxtune.data.encode import Encoded, Encoding, Settings
 from jaxtune.data.examples import AsConversation, Conversation, Example, Record
 from jaxtune.data.packing import lay_out, pack
@@ -80,6 +80,9 @@ class Prepared(NamedTuple):
     validation: Rows | None
     template: str | None
     remarks: list[str]
+    held: Sequence[Example] = ()  # the validation set as it was read, to be asked and scored
+    labels: tuple[str, ...] = ()  # of a head
+    multi: bool = False  # whether a text has several
 
 
 def prepare(
@@ -103,6 +106,9 @@ def prepare(
         validation = [train[i] for i in sorted(order[:n])]
         train = [train[i] for i in sorted(order[n:])]
     remarks: list[str] = []
+    held = validation
+    if objective in heads.READS:
+        return _for_head(data, tokenizer, objective, train, validation)
     train, validation = (
         [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
     )
@@ -112,7 +118,29 @@ def prepare(
     def ready(examples: list[Example], name: str) -> Rows:
         return to_rows(examples, encoded, data, name, remarks)
 
-    return Prepared(ready(train, "train"), ready(validation, "validation") if validation else None, template, remarks)
+    rows = ready(train, "train"), ready(validation, "validation") if validation else None
+    return Prepared(*rows, template, remarks, held)
+
+
+def _for_head(
+    data: Data, tokenizer: Any, objective: str, train: Sequence[Example], validation: Sequence[Example]
+) -> Prepared:
+    """The same for a head: no template, but labels."""
+    remarks: list[str] = []
+    labels, multi = heads.label_names(heads.records(train, objective), objective, data.labels)
+    s = head_settings(data, objective, labels, multi)
+
+    def encoded(example: Example) -> Encoding:
+        return heads.encode(example, tokenizer, s)
+
+    rows = to_rows(train, encoded, data, "train", remarks)
+    held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
+    return Prepared(rows, held, None, remarks, validation, labels, multi)
+
+
+def head_settings(data: Data, objective: str, labels: tuple[str, ...], multi: bool) -> heads.HeadSettings:
+    """What the tokens of a head's records depend on."""
+    return heads.HeadSettings(objective, labels, multi, data.max_length, data.truncate, data.stride, data.prompt)
 
 
 def encoder(

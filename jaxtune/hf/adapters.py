@@ -21,11 +21,17 @@ from jaxtune.errors import UserError
 from jaxtune.hf import adapter_kinds as kinds
 from jaxtune.hf import files, layout
 from jaxtune.layers import Weight, plain_names
+from jaxtune.models import heads
 from jaxtune.models.decoder import DecoderConfig
+from jaxtune.models.heads import TaskHead
 from jaxtune.nodes.dora import DoRA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_TASKS = {
+    "classification": "SEQ_CLS", "regression": "SEQ_CLS", "token_classification": "TOKEN_CLS",
+    "span_qa": "QUESTION_ANS",
+}  # fmt: skip
 _EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")  # of transformers' expert modules, in their order
 _REFUSED = (
     "bias", "lora_bias", "fan_in_fan_out", "layer_replication", "trainable_token_indices", "use_qalora",
@@ -56,6 +62,7 @@ def write(
     whole: Mapping[str, files.Entry],
     dropout: float = 0.0,
     rslora: bool = False,
+    task: TaskHead | None = None,
 ) -> None:
     """Write nodes of one kind, by path and with the weights that they stand upon, as an adapter of `base` for peft.
 
@@ -136,7 +143,7 @@ def write(
     }
     config: dict[str, Any] = {
         "peft_type": kind,
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if task is None else _TASKS[task.kind],
         "base_model_name_or_path": base,
         "revision": None,
         "target_modules": targets,
@@ -145,7 +152,8 @@ def write(
         **own[kind],
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    files.write(folder / WEIGHTS, tensors)
+    bare = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
+    files.write(folder / WEIGHTS, {_PREFIX + n: t for n, t in heads.renamed(bare, task, family).items()})
 
 
 def _targets(modules: list[str], names: Sequence[str]) -> list[str]:
@@ -191,6 +199,7 @@ class Adapter:
         self._shared: dict[str, files.Tensor] = {}
         names = kinds.TENSORS[self.kind]
         for name, t in files.read_header(folder / WEIGHTS).items():
+            name = name.replace(f"{_PREFIX}transformer.", f"{_PREFIX}model.", 1)  # under a span head of LLaMA
             if self.kind == "VERA" and name in kinds.SHARED.values():
                 self._shared[name] = t
                 continue
@@ -243,7 +252,7 @@ class Adapter:
         out = dict(tensors)
         for theirs, t in self._whole.items():
             name = layout.hf_name(theirs.removeprefix("model.").replace(".", "/"), family)
-            if name not in out and name not in (layout.EMBED, layout.HEAD):
+            if name not in out and name not in (layout.EMBED, layout.HEAD) and not name.startswith(layout.OUTSIDE):
                 raise UserError(f"{self.folder}: brings {theirs}, which the model lacks")
             if tied and name == layout.EMBED and layout.HEAD not in self._whole:  # the base may hold it as the head
                 out.pop(layout.HEAD, None)

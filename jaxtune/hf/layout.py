@@ -18,6 +18,7 @@ from jaxtune.layers import Weight, plain_names
 from jaxtune.models.families import FAMILIES
 
 UNTRAINED = re.compile(r"\.rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$")  # buffers that old files carry
+OUTSIDE = ("lm_head.", "score.", "qa_outputs.")  # the heads stand beside the body
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -50,7 +51,7 @@ def hf_name(plain: str, family: str) -> str:
     dotted = plain.replace("/", ".")
     if (experts := FAMILIES[family].experts) is not None:
         dotted = dotted.replace(".mlp.", f".{experts.block}.")
-    return dotted if dotted.startswith("lm_head") else f"model.{dotted}"
+    return dotted if dotted.startswith(OUTSIDE) else f"model.{dotted}"
 
 
 def hf_names(path: str, w: Weight, family: str) -> list[str]:

@@ -46,6 +46,32 @@ class Grown:
         return np.concatenate([old, np.broadcast_to(mean, (self.shape[0] - len(old), *mean.shape))])
 
 
+class Fresh:
+    """A head's tensor that no file holds: normal with the standard deviation that transformers has, a bias zero."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, seed: int) -> None:
+        self.shape, self.dtype, self.seed = shape, dtype, seed
+
+    def open(self) -> np.ndarray:
+        if len(self.shape) == 1:
+            return np.zeros(self.shape, self.dtype)
+        return (np.random.default_rng(self.seed).normal(size=self.shape) * 0.02).astype(self.dtype)
+
+
+def with_head(tensors: Mapping[str, Stored], weights: Any, family: str, keep: bool, seed: int) -> dict[str, Stored]:
+    """A folder's tensors with the head of `weights` instead of another: its own if `keep`, else a fresh one."""
+    heads = {layout.HEAD, "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias"}
+    own = {}
+    for path, w in jax.tree_util.tree_leaves_with_path(weights, is_leaf=is_weight):
+        name = layout.hf_names(path_name(path), w, family)[0]
+        if name in heads:
+            dtype = next(t.dtype for n, t in tensors.items() if n in (layout.EMBED, layout.HEAD))
+            own[name] = tensors[name] if keep and name in tensors else Fresh(layout.hf_shape(w), dtype, seed)
+    if layout.EMBED not in tensors and layout.HEAD in tensors:  # tied, and stored under the head's name
+        own[layout.EMBED] = tensors[layout.HEAD]
+    return {n: t for n, t in tensors.items() if n not in heads} | own
+
+
 def read_folder(folder: Path, weights: Any = None, family: str = "llama") -> dict[str, Stored]:
     """The tensors of a model folder: safetensors, a cache, or pickles of torch that hold tensors alone.
 

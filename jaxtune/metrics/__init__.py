@@ -1,1 +1,1 @@
-"""Scores of predictions against references: numpy, scikit-learn, sacrebleu, rouge-score; no jax."""
+"""Scores of predictions beside references, as the field computes them; numpy only, one theme a file."""

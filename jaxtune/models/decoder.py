@@ -1,7 +1,7 @@
 """The one decoder-only transformer; every variation is a field of its config.
 
 Dimensions: B batch, T time of the queries, S time of the keys, D embed, N query heads, K key/value heads, H head dim,
-F mlp, V vocab, E experts, L layers, R rotated part of a head.
+F mlp, V vocab, E experts, L layers, C outputs of a head, R rotated part of a head.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from jaxtune.layers import (
     rotate,
     stack,
 )
+from jaxtune.models.heads import TaskHead
 from jaxtune.models.moe import Moe, balance
 from jaxtune.nodes.soft_prompt import Prefix
 from jaxtune.weights import Array
@@ -104,6 +105,7 @@ class DecoderConfig:
     top_k: int = 0
     normalise_top_k: bool = True
     router_loss: float = 0.0  # weight of the load-balancing loss, where the model's config asks for it
+    task: TaskHead | None = None  # the head that stands in the place of the language model's
     # how it is computed, not what
     vocab_rows: int = 0  # rows of the table, with padding; 0 is `vocab`
     groups: tuple[int, ...] = ()
@@ -130,6 +132,7 @@ class DecoderConfig:
             gate_up=2,
             expert=self.experts,
             router=self.experts,
+            classes=self.task.size if self.task else 0,
         )
 
     def norm(self, name: str, axes: str = "embed") -> RMSNorm:
@@ -316,6 +319,9 @@ class Decoder(nn.Module):
         if c.experts:
             taken_E, p_E = (sum(x.sum(0) for x in xs) for xs in zip(*routed, strict=True))
             loss = balance(taken_E, p_E, c.layers * (segment_BT > 0).sum())
+        if c.task is not None:
+            head = Head(c.dims, "classes", c.task.bias, name=c.task.module)()
+            return Outputs(x_BTD, head, Readout("btd,dc->btc"), loss), cache
         readout = Readout("btd,vd->btv" if c.tied else "btd,dv->btv", c.logit_scale, c.logit_softcap, c.vocab)
         head = embed.weight if c.tied else Head(c.dims, name="lm_head")()
         return Outputs(x_BTD, head, readout, loss), cache

@@ -146,7 +146,7 @@ def covering(patterns: Sequence[str], names: Sequence[str], key: str) -> None:
 def named(patterns: Sequence[str], tied: bool) -> list[str]:
     """Patterns, with what "head", "embeddings", "norms" and "biases" mean in their place."""
     aliases = {
-        "head": "^embed_tokens/" if tied else "^lm_head/",
+        "head": "^embed_tokens/" if tied else "^(lm_head|score|qa_outputs)/",
         "embeddings": "^embed_tokens/",
         "norms": r"norm/weight$",
         "biases": r"/bias$",

@@ -8,7 +8,7 @@ import pytest
 from jaxtune.data import encode
 from jaxtune.data.encode import Settings
 from jaxtune.data.examples import Conversation, Document, Message
-from jaxtune.data.templates import TEMPLATES, choose
+from jaxtune.data.templates import TEMPLATES
 from jaxtune.errors import UserError
 from jaxtune.hf import tokenizer
 
@@ -34,24 +34,39 @@ def trained(tok, e):
     return [t for t, on in encode.visible(tok, e.ids, e.mask) if on]
 
 
+# What they cannot do with this conversation: a system message; or one turn as it was once another follows.
+REFUSE_SYSTEM = {"gemma"}
+REWRITE = {"qwen3", "mistral_v3", "mistral_v3_tekken"}
+ENDS = ("</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>\n", "<end_of_turn>", "<|end|>\n</s>", "<|end|>")
+
+
+def words_of(text):
+    for end in sorted(ENDS, key=len, reverse=True):
+        text = text.removesuffix(end)
+    return text.strip()
+
+
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_loss_falls_on_the_assistants_words_alone(words, name):
-    e = encode.tokens(CHAT, words, Settings(TEMPLATES[name]))
-    got = trained(words, e)
-    assert [t.removesuffix("</s>").removesuffix("<|im_end|>").removesuffix("<|eot_id|>") for t in got] == [
-        "Hello!",
-        "Fine, thanks.",
-    ]
-    assert trained(words, encode.tokens(CHAT, words, Settings(TEMPLATES[name], "last")))[0].startswith("Fine")
-    assert encode.tokens(CHAT, words, Settings(TEMPLATES[name], "all")).mask.all()
+    c = CHAT._replace(messages=CHAT.messages[1:]) if name in REFUSE_SYSTEM else CHAT
+    s = Settings(TEMPLATES[name], "last")
+    assert words_of("".join(trained(words, encode.tokens(c, words, s)))).endswith("Fine, thanks.")
+    assert encode.tokens(c, words, s._replace(train_on="all")).mask.all()
+    if name in REWRITE:
+        with pytest.raises(UserError, match="rewrites turn 2"):
+            encode.tokens(c, words, s._replace(train_on="assistant"))
+    else:
+        got = trained(words, encode.tokens(c, words, s._replace(train_on="assistant")))
+        assert [words_of(t) for t in got] == ["Hello!", "Fine, thanks."]
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_the_prompt_of_a_turn_is_what_comes_before_its_answer(words, name):
-    prompt, answer = encode.prompt_text(CHAT, words, TEMPLATES[name])
-    text, spans = encode.render(CHAT, words, TEMPLATES[name], "last")
+    c = CHAT._replace(messages=CHAT.messages[1:]) if name in REFUSE_SYSTEM else CHAT
+    prompt, answer = encode.prompt_text(c, words, TEMPLATES[name])
+    e = encode.tokens(c, words, Settings(TEMPLATES[name], "last"))
     assert answer == "Fine, thanks."
-    assert text[: spans[0][0]] == prompt
+    assert words.decode(e.ids[: e.mask.argmax()].tolist()) == prompt
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "minimind", "deepseek_r1"])
@@ -143,16 +158,6 @@ def test_a_conversation_without_an_answer(words):
     alone = Conversation((Message("user", "x"),), "messages", "f:3")
     with pytest.raises(UserError, match="f:3: has no assistant turn"):
         encode.tokens(alone, words, Settings(TEMPLATES["plain"]))
-
-
-def test_choosing_a_template(tmp_path):
-    assert choose("auto", "own", "alpaca") == ("own", "the tokenizer's own")
-    assert choose("auto", None, "alpaca")[1] == "alpaca"
-    assert choose("chatml", "own", "alpaca")[1] == "chatml"
-    (tmp_path / "t.jinja").write_text("x")
-    assert choose(str(tmp_path / "t.jinja"), None, "alpaca")[0] == "x"
-    with pytest.raises(UserError, match="did you mean 'chatml'"):
-        choose("chat_ml", None, "alpaca")
 
 
 def test_tokens_that_straddle_the_border_are_trained(words):

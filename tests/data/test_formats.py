@@ -6,19 +6,7 @@ from jaxtune.config import Source
 from jaxtune.data import formats
 from jaxtune.data.examples import Conversation, Document, Message
 from jaxtune.errors import UserError
-
-
-def read(path, **options):
-    return formats.read(Source(path=str(path), **options))
-
-
-def jsonl(tmp_path, *rows):
-    file = tmp_path / "d.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return file
-
-
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+from tests.data.formats.rows import TURNS, jsonl, one, read
 
 
 @pytest.mark.parametrize(
@@ -110,3 +98,56 @@ def test_system_must_come_first(tmp_path):
 
 def test_a_conversation_is_plain_data():
     assert Conversation((Message("user", "x"),), "messages", "f:1").messages[0].role == "user"
+
+
+def test_bad_rows_are_left_out_and_told(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n{"text": 3}\nnonsense\n{"text": "y"}\n')
+    skipped = []
+    got = formats.read(Source(path=str(file)), bad_rows="skip", skipped=skipped)
+    assert [e.text for e in got] == ["x", "y"]
+    assert sorted(s.partition(": ")[0] for s in skipped) == [f"{file}:2", f"{file}:3"]
+    file.write_text("nonsense\n")
+    with pytest.raises(UserError, match="none of its 1 rows can be read; the first: .*a.jsonl:1: a JSON object"):
+        formats.read(Source(path=str(file)), bad_rows="skip")
+
+
+def test_rows_of_which_only_some_have_a_column(tmp_path):
+    file = jsonl(tmp_path, {"q": "a", "completion": "b"}, {"q": "a", "completion": "b", "s": "S"})
+    got = read(file, columns={"prompt": "q", "system": "s"})
+    assert [len(e.messages) for e in got] == [2, 3]
+    with pytest.raises(UserError, match="no row has a column 'sys', which data.columns names for 'system'"):
+        read(file, columns={"prompt": "q", "system": "sys"})
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "x", "label": 1}, "classification, regression or text"),
+        ({"question": "x", "answer": "y"}, "maths, or map them"),
+        ({"source": "x", "target": "y"}, "translation or summarisation"),
+    ],
+)
+def test_columns_that_may_be_several_formats(tmp_path, row, words):
+    with pytest.raises(UserError) as e:
+        one(tmp_path, row)
+    assert words in str(e.value)
+    assert "data.format" in str(e.value)
+
+
+def test_detection_is_decided_by_its_table():
+    for columns, kind in formats.DETECTED:
+        if kind is not None:
+            assert formats.detect(dict.fromkeys(columns.split()), "x:1") == kind
+    assert formats.detect({"prompt": ""}, "x:1", answers=False) == "prompt_completion"
+    documented = {line.split("|")[2].strip() for line in formats.__doc__.splitlines() if line.startswith("| ")}
+    assert {kind for _, kind in formats.DETECTED if kind} <= documented
+
+
+def test_max_samples_and_state(tmp_path):
+    source = Source(path=str(jsonl(tmp_path, *[{"text": str(i)} for i in range(9)])), max_samples=5)
+    it = formats.Examples(source)
+    begun = [next(it).text for _ in range(3)]
+    again = formats.Examples(source)
+    again.state = json.loads(json.dumps(it.state))
+    assert begun + [e.text for e in again] == ["0", "1", "2", "3", "4"]

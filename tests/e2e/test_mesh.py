@@ -1,14 +1,11 @@
 """The same run on one device and on eight: losses agree, whatever the mesh."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 
 from jaxtune import log, run
-from tests.tiny import make_config
+from tests.tiny import make_config, on_eight_devices
 
 SCRIPT = """
 import json, sys
@@ -36,12 +33,7 @@ MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": -1, "fsdp":
 
 def test_every_mesh_gives_the_same_losses(tiny, sums_file, tmp_path):
     """A batch of 4 does not divide over 8: it is filled up with empty rows."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    args = [str(tiny), str(sums_file), str(tmp_path), json.dumps(MESHES), json.dumps(METHODS)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *args], env=env, check=False, timeout=600, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_eight_devices(SCRIPT, tiny, sums_file, tmp_path, json.dumps(MESHES), json.dumps(METHODS))
     assert "4 sequences do not divide over 8 parts of the batch: 4 empty ones are added" in done.stderr
     assert "'fsdp', 'tensor'" in done.stdout.split("SPECS")[1]
     for k, method in enumerate(METHODS):

@@ -1,9 +1,6 @@
 """Mixtures of experts: the load-balancing loss, adapters on experts, and an expert axis."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,7 +18,7 @@ from jaxtune.tuned import open_model
 from tests.parity.families import V, write
 from tests.parity.test_families import in_file_names, off
 from tests.parity.test_families import run as forward
-from tests.tiny import make_config
+from tests.tiny import make_config, on_eight_devices
 
 MODELS = ["mixtral", "qwen3_moe"]
 
@@ -157,12 +154,7 @@ MESHES = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}, {"fsd
 def test_an_expert_axis_changes_nothing(tmp_path, sums_file):
     """Losses on eight devices, experts split over two, over four (copied: six experts do not divide) and not at all."""
     write(tmp_path / "m", "qwen3_moe")
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    args = [str(tmp_path / "m"), str(sums_file), str(tmp_path), json.dumps(MESHES)]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *args], env=env, check=False, timeout=600, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = on_eight_devices(SCRIPT, tmp_path / "m", sums_file, tmp_path, json.dumps(MESHES))
     assert "'expert'" in done.stdout.split("SPECS")[1]
     assert "expert 6 over expert 4" in done.stderr
     c = make_config(tmp_path / "m", sums_file, tmp_path / "one", tuning={"method": "full"}, train__batch_size=8)

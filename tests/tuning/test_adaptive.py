@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,7 @@ from jaxtune.nodes.adalora import AdaLoRA
 from jaxtune.tuning import adalora, blocks, lisa
 from jaxtune.tuning.method import Training
 from jaxtune.weights import densify, einsum
-from tests.tiny import SHAPE, make_config, write_tiny
+from tests.tiny import SHAPE, make_config, on_eight_devices, write_tiny
 
 L, STEPS = 4, 9
 DECODER = dataclasses.replace(SHAPE, layers=L)
@@ -419,10 +416,7 @@ for name in RUNS.keys() - {'lisa'}:
 
 
 def test_a_mesh_gives_the_same_losses(straight, deep, sums_file, tmp_path):
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    args = [sys.executable, "-c", SCRIPT, str(deep), str(sums_file), str(tmp_path)]
-    done = subprocess.run(args, env=env, check=False, timeout=600, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_eight_devices(SCRIPT, deep, sums_file, tmp_path)
     for name in RUNS.keys() - {"lisa"}:  # which has its slots from the same file
         np.testing.assert_allclose(losses(tmp_path / name), losses(straight(name)), rtol=2e-4)
         assert (tmp_path / name / "allocation.jsonl").read_text() == (straight(name) / "allocation.jsonl").read_text()

@@ -51,7 +51,7 @@ FORMATS: Mapping[str, Format] = {
     "text": Format(plain.document, ("text",)),
     "segments": Format(plain.segments, ("segments",)),
     "tokens": Format(plain.tokens, ("input_ids",)),
-    "preference": Format(preference.pair, (), ("chosen", "rejected")),
+    "preference": Format(preference.pair, ("chosen", "rejected")),
     "kto": Format(preference.kto, ()),
     **{task: Format(records.record(task), c.needed, c.answers) for task, c in RECORDS.items()},
 }
@@ -189,7 +189,6 @@ class Examples:
                 break
             self._before, self._taken = before, 0
             origin, raw = found
-            self._unseen -= raw.keys()
             self._spread = _spread(raw, origin, self._source.format)
         self._ended()
         raise StopIteration
@@ -222,13 +221,14 @@ class Examples:
         self._taken, self._given = state["taken"], state["given"]
 
     def _made(self, raw: Row, origin: str) -> Example:
-        row = renamed(raw, self._source.columns)
+        row: Row = renamed(raw, self._source.columns)
         if self._kind is None:
             self._kind = detect(row, origin, self._answers)
         kind = self._kind
         if kind == "translation" and isinstance(raw.get("translation"), dict):
             raw = {**{k: v for k, v in raw.items() if k != kind}, **raw[kind]}
             row = renamed(raw, self._source.columns)
+        self._unseen -= raw.keys()
         if kind == "token_classification" and "slots" in row and row.get("spans") is None:
             row = records.slots(row, origin)
         f = FORMATS[kind]

@@ -134,21 +134,22 @@ def _spans(sentence: str, given: Any, origin: str) -> list[dict[str, Any]]:
 
 def slots(row: Row, origin: str) -> Row:
     """`{"text": "to Oslo", "slots": [{"entity": "city", "value": "Oslo"}]}` with spans in the place of slots, which
-    stand in the text in their order.
+    stand in the text in their order, as words of their own where they do.
 
-    >>> slots({"text": "to Oslo", "slots": [{"entity": "city", "value": "Oslo"}]}, "a.jsonl:1")["spans"]
-    [{'start': 3, 'end': 7, 'label': 'city'}]
+    >>> slots({"text": "Osloer in Oslo", "slots": [{"entity": "city", "value": "Oslo"}]}, "a.jsonl:1")["spans"]
+    [{'start': 10, 'end': 14, 'label': 'city'}]
     """
     sentence, at = text(row.get("text"), "text", origin), 0
     spans = []
     for i, s in enumerate(listed(row["slots"], "slots", origin, "{entity, value}")):
         if not isinstance(s, dict) or not isinstance(s.get("value"), str) or not s["value"].split():
             raise UserError(f"{origin}: slots[{i}] should have 'entity' and 'value', got {s!r:.60}")
-        value = re.compile(r"\s+".join(map(re.escape, s["value"].split())))
-        if (found := value.search(sentence, at)) is None:
+        value, rest = r"\s+".join(map(re.escape, s["value"].split())), sentence[at:]
+        found = re.search(rf"(?<!\w){value}(?!\w)", rest) or re.search(value, rest)
+        if found is None:
             raise UserError(f"{origin}: slots[{i}]: the text has no {s['value']!r:.60} after its character {at}")
-        at = found.end()
-        spans.append({"start": found.start(), "end": at, "label": label(s.get("entity"), "entity", origin)})
+        start, at = at + found.start(), at + found.end()
+        spans.append({"start": start, "end": at, "label": label(s.get("entity"), "entity", origin)})
     return {**{k: v for k, v in row.items() if k != "slots"}, "spans": spans}
 
 
@@ -166,7 +167,7 @@ def _choice(row: Row, origin: str) -> dict[str, Any]:
     choices = texts(given, "choices", origin)
     if len(choices) < 2 or (names is not None and len(names) != len(choices)):
         raise UserError(f"{origin}: column 'choices' should be a list of two texts or more, got {row['choices']!r:.60}")
-    out = {"question": text(row["question"], "question", origin), "choices": choices}
+    out: dict[str, Any] = {"question": text(row["question"], "question", origin), "choices": choices}
     if "answer" in row:
         out["answer"] = _index(row["answer"], choices, names, origin)
     return out

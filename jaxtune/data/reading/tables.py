@@ -1,5 +1,6 @@
 """Tables to rows: Parquet and Arrow batch by batch, Excel sheets cell by cell."""
 
+import io
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from jaxtune.data.reading.text import Row, Step
 from jaxtune.errors import UserError
 
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 BATCH = 1024  # rows that are turned into Python values at a time
 
 
@@ -39,6 +41,9 @@ def arrow(f: Any, path: str, at: list[int] | None) -> Iterator[Step]:
             file = pa.ipc.open_file(f)
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         except pa.ArrowInvalid:
+            f.seek(-len(_END), io.SEEK_END)
+            if f.read() != _END:  # a stream that is cut between two batches looks whole but for this
+                raise
             f.seek(0)
             file = pa.ipc.open_stream(f)
             batches = iter(file)
@@ -84,6 +89,7 @@ def _rows(batches: Any, path: str, group: int, skipped: int, number: int) -> Ite
 def _values(batch: Any, path: str, number: int) -> list[Row | UserError]:
     """A batch as Python values; where one of its rows has none (text that is not UTF-8), that row alone is bad."""
     try:
+        batch.validate(full=True)  # pyarrow trusts the lengths in an .arrow file, and would read beyond its memory
         return batch.to_pylist()
     except (ValueError, OverflowError) as e:
         if batch.num_rows == 1:

@@ -103,6 +103,8 @@ def _records(
         except csv.Error as e:
             bad = UserError(f"{path}:{used[0].number}: not CSV: {e}; is the file cut short?")
         except UserError as e:
+            if not used:  # the file as a whole
+                raise
             bad = e
         else:
             yield used[0].number, record, used[-1].after

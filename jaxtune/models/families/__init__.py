@@ -1,9 +1,11 @@
 """Families of models: Hugging Face's config.json to `DecoderConfig` and back, one short file each."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.errors import UserError, nearest
+from jaxtune.models import heads
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.families import gemma, granite, llama, mistral, mixtral, olmo, phi, qwen, smollm3
 from jaxtune.models.families.base import Experts
@@ -51,7 +53,9 @@ def from_hf(config: Mapping[str, Any], place: str = "config.json") -> DecoderCon
             known = ": it reads more than text; take a text model of the family"
         raise UserError(f"{place}: model_type {kind!r} is not supported{known}")
     try:
-        return FAMILIES[kind].from_hf(config)
+        decoder = FAMILIES[kind].from_hf(config)
+        head = heads.from_hf(config)
+        return decoder if head is None else dataclasses.replace(decoder, task=head, tied=False)
     except KeyError as e:
         raise UserError(f"{place}: key {e.args[0]!r} is missing; a {kind} config needs it") from e
     except UserError as e:

@@ -1,0 +1,52 @@
+"""How a run's weights are measured on its validation set: the objective's loss, a head's task, a task's answers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtune import evaluate, head_scores, scoring
+from jaxtune.data import encode, pipeline
+from jaxtune.data import heads as data_heads
+from jaxtune.generate import Generator
+from jaxtune.hf import tokenizer
+from jaxtune.job import Job, apply_of, putter
+from jaxtune.objectives import OBJECTIVES
+
+Tree = Any
+
+
+def make(job: Job) -> Callable[[Tree], dict[str, float]]:
+    """A function of weights that gives scores by name, always with `loss`. The job has a validation set."""
+    c, held = job.config, job.data.validation
+    apply, put = apply_of(job.blueprint), putter(job.mesh, None)
+    sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
+    size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
+    head = job.blueprint.decoder.task
+    logits = jax.jit(head_scores.make_logits(apply, head.kind)) if head is not None else None
+
+    def measure(weights: Tree) -> dict[str, float]:
+        if held is None:
+            raise ValueError("there is no validation set to measure on")
+        values = evaluate.scores(sums, weights, held, size, put)
+        if head is not None and logits is not None:
+            found = head_scores.outputs(logits, weights, held, size, put, head.kind)
+            s = pipeline.head_settings(c.data, head.kind, head.labels, head.multi)
+            scores, _ = head_scores.evaluate(s, job.tokenizer, data_heads.records(job.data.held, head.kind), found)
+            return {"loss": values["loss"], **scores.values}
+        if c.evaluate.task is not None:  # its accuracy is another than that of tokens
+            values["token_accuracy"] = values.pop("accuracy")
+            values |= answered(job, weights, size)
+        return values
+
+    return measure
+
+
+def answered(job: Job, weights: Tree, batch_size: int) -> dict[str, float]:
+    """The scores of `evaluate.task`."""
+    c, b = job.config, job.blueprint
+    eos = {*tokenizer.eos_ids(b.folder, job.tokenizer), *encode.turn_end(job.tokenizer, job.data.template)}
+    model = type(b.model)(dataclasses.replace(b.model.c, remat="none"))
+    asked = scoring.Asked(Generator(model, weights, job.tokenizer, sorted(eos)), job.data.template, batch_size)
+    return scoring.in_loop(c.evaluate, c.data, job.data.held, asked)
