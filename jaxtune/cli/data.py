@@ -229,12 +229,10 @@ def preview(
     """Show rows as the model will see them, and which tokens are trained on. No weights are read."""
     import jax
 
-    from jaxtune import job
     from jaxtune.prepare import preview as work
 
     jax.config.update("jax_platforms", "cpu")
-    c = read_config(arguments)
-    made = job.prepare(c.model_copy(update={"mesh": config.Mesh()}))
+    made = work.prepared(read_config(arguments))
     rows = work.draw(made, n, seed)
     for remark in made.data.remarks:
         log.say(remark)

@@ -54,3 +54,27 @@ def test_pretraining_marks_everything_and_cuts_are_told(chatty, tmp_path, capsys
     file = [{"prompt": "a", "completion": "long " * 100}]
     preview(chatty, tmp_path, file)
     assert "were cut" in capsys.readouterr().out
+
+
+def test_labels_of_a_head_have_their_names(chatty, tmp_path, capsys):
+    rows = [{"text": f"the fox eats {i}", "label": ("tame", "wild")[i % 2]} for i in range(6)]
+    head = ["objective=classification", "data.format=classification", "tuning.method=full"]
+    page, _ = preview(chatty, tmp_path, rows, *head)
+    assert {"label = tame", "label = wild"} <= set(re.findall(r"label = \w+", page.text))
+    assert not [t for t, a in page.tags if a.get("class") == "t on" and "title" in a]
+    assert "label = wild" in capsys.readouterr().out
+
+
+def test_the_span_of_an_answer_is_marked(chatty, tmp_path):
+    answers = {"text": ["berries"], "answer_start": [13]}
+    rows = [{"context": "the fox eats berries", "question": "what?", "answers": answers}] * 2
+    head = ["objective=span_qa", "data.format=qa", "tuning.method=full"]
+    _, text = preview(chatty, tmp_path, rows, *head, "--n", 1)
+    assert "berries" in "".join(re.findall(r'class="t on" title="\d+">([^<]*)<', text))
+
+
+def test_a_stream_is_refused(chatty, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"text": "abcdefgh " * 30}] * 9)
+    call("preview", f"model={chatty}", f"data.train={file}", f"output={tmp_path / 'run'}", "objective=pretrain",
+         "data.max_length=64", "data.streaming=true", "train.steps=2", code=2)  # fmt: skip
+    assert "data.streaming=false" in capsys.readouterr().err
