@@ -52,13 +52,13 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
     import jax
 
     from jaxtune import job, run, scoring, tasks, tuned
-    from jaxtune.data import formats
+    from jaxtune.data import formats, registry
 
     task = tasks.named(a.task)
     trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
     path = str(job.DEMO_FOLDER / "validation.jsonl") if a.data == config.DEMO else a.data
     data = _data(task, trained, path, a.keys)
-    examples = [e for s in data.sources for e in formats.read(s)][: a.max_samples]
+    examples = [e for s in registry.resolve(data)[0] for e in formats.read(s)][: a.max_samples]
     options = tasks.options_of(data, a.language)
     if trained is None and task.decides == "labels" and not options.labels:
         found = [q.reference for q in tasks.questions(task, examples, options) if q.row]
@@ -95,7 +95,7 @@ def by_head(
 ) -> None:
     """Judge rows with a model's head; print the scores, and write them where there is a folder for them."""
     from jaxtune import head_scores, run, scoring
-    from jaxtune.data import formats
+    from jaxtune.data import formats, registry
     from jaxtune.data import heads as data_heads
 
     head = model.blueprint.decoder.task
@@ -105,7 +105,7 @@ def by_head(
     read = read.model_copy(update={"max_length": min(read.max_length, model.blueprint.decoder.context)})
     s = model.head_settings(read)
     assert s is not None
-    examples = [e for source in read.sources for e in formats.read(source)][:max_samples]
+    examples = [e for source in registry.resolve(read)[0] for e in formats.read(source)][:max_samples]
     records = data_heads.records(examples, head.kind)
     scores, rows = head_scores.evaluate(s, model.tokenizer, records, model.judge(records, s, batch_size))
     for row, record in zip(rows, records, strict=True):
