@@ -321,11 +321,10 @@ def write_config(folder: Path, hf: Mapping[str, Any], decoder: DecoderConfig, dt
     changed: dict[str, Any] = {"vocab_size": decoder.vocab}
     if dtype is not None:
         changed["dtype" if "dtype" in hf else "torch_dtype"] = dtype
-    if decoder.task is not None:
-        changed |= heads.to_hf(decoder.task, hf, decoder.family)
-        if hf.get("pad_token_id") is None:  # by which transformers finds the last token
-            end = hf.get("eos_token_id")
-            changed["pad_token_id"] = end[0] if isinstance(end, list) else end
+    changed |= heads.to_hf(decoder.task, hf, decoder.family)
+    if decoder.task is not None and hf.get("pad_token_id") is None:  # by which transformers finds the last token
+        end = hf.get("eos_token_id")
+        changed["pad_token_id"] = end[0] if isinstance(end, list) else end
     if not (folder / "config.json").exists() or any(hf.get(k) != v for k, v in changed.items()):
         (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 

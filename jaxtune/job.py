@@ -110,7 +110,7 @@ class Job:
     blueprint: Blueprint
     mesh: jax.sharding.Mesh
     steps: int
-    rows: int  # of all steps
+    rows: int | None  # of all steps, where epochs are asked for
     state: State  # abstract, with shardings
     tx: Any
 
@@ -169,7 +169,7 @@ def prepare(c: Config) -> Job:
             f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
         )
     mesh = sharding.make_mesh(c.mesh)
-    steps, row_count = pipeline.extent(len(data.train), c.train.batch_size, c.train.epochs, c.train.steps)
+    steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
@@ -322,8 +322,21 @@ def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapp
     return put
 
 
-def compile_step(job: Job) -> Any:
-    """The very step that trains, compiled from shapes."""
+class Steps:
+    """The very step that trains, compiled once for each length of rows that there is."""
+
+    def __init__(self, job: Job, longest: Any) -> None:
+        self.job, self._compiled = job, {job.data.train.length: longest}
+
+    def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
+        T = batches["ids_BT"].shape[-1]
+        if T not in self._compiled:
+            self._compiled[T] = compile_step(self.job, T)
+        return self._compiled[T](state, batches)
+
+
+def compile_step(job: Job, length: int | None = None) -> Any:
+    """The step that trains, compiled from shapes for rows of a length, the greatest where none is given."""
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
@@ -333,7 +346,7 @@ def compile_step(job: Job) -> Any:
     where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)
     batch = {
         name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where)
-        for name, x in job.data.train.empty.items()
+        for name, x in job.data.train.empty_row(length or job.data.train.length).items()
     }
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
     with jax.set_mesh(job.mesh):
@@ -357,13 +370,12 @@ def introduce(job: Job, compiled: Any) -> None:
     c, data, b = job.config, job.data, job.blueprint
     for remark in data.remarks:
         log.say(remark)
-    first = data.train.examples[data.train.rows[0][0]]
+    first = data.train.sample
     mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
     text = slice(b.method.virtual, None)
     log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
     base = tuning_method.count(unbox(b.plain))
     trains, all_ = _trained(job), base + _added(b)
-    filled = data.train.tokens / (len(data.train) * data.train.length)
     per_device = compiled.memory_analysis()
     memory = "not known here"
     if per_device is not None:
@@ -376,10 +388,7 @@ def introduce(job: Job, compiled: Any) -> None:
             ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
             ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
                        f"remat {c.train.remat}"),
-            ("data", f"{len(data.train.examples):,} examples, {data.train.tokens:,} tokens, "
-                     f"{data.train.trained_tokens:,} of them trained on"),
-            ("rows", f"{len(data.train):,} of {data.train.length} tokens, {100 * filled:.0f} % full"
-                     + (f"; validation {len(data.validation)}" if data.validation else "; no validation")),
+            *data.facts,
             ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
             ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
@@ -438,8 +447,6 @@ def validate(c: Config) -> list[tuple[str, str]]:
     """
     job = prepare(c)
     b, data = job.blueprint, job.data
-    lengths = np.array([len(e.ids) for e in data.train.examples])
-
     need, free = check_disk(job)
     gradients = held(job.state.trainable)
     return [
@@ -447,10 +454,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
         ("model", f"{b.folder}: {tuning_method.count(unbox(b.plain)):,} parameters, "
                   "all tensors fit"),
         ("tuning", f"{c.tuning.method}: {_trained(job):,} parameters train"),
-        ("data", f"{len(lengths):,} examples of {lengths.min()} to {lengths.max()} tokens, "
-                 f"median {np.median(lengths):.0f}"),
-        ("rows", f"{len(data.train):,} of {data.train.length} tokens"
-                 + (f"; validation {len(data.validation):,}" if data.validation else "")),
+        *data.facts,
         ("steps", f"{job.steps:,}"),
         ("memory", f"{log.size(held(job.state) + gradients)} for weights, optimiser and gradients over all devices; "
                    "activations come on top"),

@@ -22,11 +22,13 @@ from jaxtune.best import Best, hopeless
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.config import DEMO, Config
-from jaxtune.data.pipeline import Batch, Batches
+from jaxtune.data.batches import Batch, Batches
+from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
+    Steps,
     check_disk,
     compile_step,
     data_with_demo,
@@ -36,6 +38,7 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
+from jaxtune.models import heads
 from jaxtune.nodes import soft_prompt
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import adalora
@@ -83,12 +86,7 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
         compiled = compiling.result()
         trainable, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
         del boxes
-        batches = Batches(
-            job.data.train,
-            c.train.batch_size,
-            seed=c.train.seed,
-            row_count=job.rows,
-        )
+        batches = job.data.train.batches(c.train.batch_size, seed=c.train.seed, row_count=job.rows)
         if start:
             del trainable  # not two at once
             restored, position = checkpoints.restore(start, job.state.saved())
@@ -104,8 +102,9 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
         del frozen
         introduce(job, compiled)
         try:
-            weights = _loop(job, state, compiled, batches, checkpoints, start, about, told)
+            weights = _loop(job, state, Steps(job, compiled), batches, checkpoints, start, about, told)
         finally:
+            batches.close()
             checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
         export(job, weights)
 
@@ -114,7 +113,7 @@ def _loop(
     job: Job,
     state: State,
     compiled: Any,
-    batches: Batches,
+    batches: Batches | Streamed,
     checkpoints: Checkpoints,
     start: int,
     about: dict[str, Any],
@@ -163,13 +162,15 @@ def _loop(
             job.steps,
             every,
             hooks,
-            lambda b: job.data.train.where(b.rows.tolist()),
+            lambda b: list(b.origins),
         )
         if told.is_set() and n < job.steps:
             checkpoints.wait()
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         if n < job.steps:
             log.say(f"stopped after step {n}: {c.evaluate.patience} evaluations without a better {c.evaluate.metric}")
+        for remark in batches.remarks:
+            log.say(remark)
         runlog.summary()
         kept = None if best is None else best.restored(job.state.trainable)
     return measured(state) if kept is None else tuning_method.join(kept, state.frozen)
@@ -244,8 +245,8 @@ def write_export(
                 soft_prompts.write(folder, prompt, base, b.decoder)
             else:
                 adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora, b.decoder.task)
-            if b.decoder.task is not None:  # which labels there are
-                blueprint.write_config(folder, blueprint.read_config(b.folder), b.decoder)
+            if heads.to_hf(b.decoder.task, hf := blueprint.read_config(b.folder), b.decoder.family):  # another head
+                blueprint.write_config(folder, hf, b.decoder)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
             if isinstance(t, config.Lora) and t.adapter is not None:
@@ -279,8 +280,8 @@ def _card(job: Job, target: Path) -> str:
         f"---\nbase_model: {c.model}\nlibrary_name: {library}\n"
         f"---\n\n# {Path(c.output).name}\n\n`{c.model}` tuned with jaxtune ({c.tuning.method}, "
         f"objective {c.objective}).\n\n"
-        f"{scores}![loss](loss.png)\n\n## Data\n\n{sources}\n\n{job.data.train.tokens:,} tokens, "
-        f"{job.data.train.trained_tokens:,} of them trained on; digest `{job.data.train.digest()}`.\n\n"
+        f"{scores}![loss](loss.png)\n\n## Data\n\n{sources}\n\n{job.data.train.summary}; "
+        f"digest `{job.data.train.digest()}`.\n\n"
         f"## Training\n\n{job.steps} steps of {c.train.batch_size} rows of {job.data.train.length} tokens on "
         f"{job.mesh.size} × {job.mesh.devices.flat[0].device_kind}; {versions}. All settings are in `{CONFIG}`.\n\n"
         f"## Use\n\n```\njaxtune chat {target}\n```\n"

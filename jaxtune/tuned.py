@@ -21,6 +21,7 @@ from jaxtune.data import heads as data_heads
 from jaxtune.data.examples import Conversation, Document, Example, Message, Record
 from jaxtune.data.heads import HeadSettings
 from jaxtune.data.pipeline import Rows
+from jaxtune.data.token_cache import Encoder
 from jaxtune.errors import UserError
 from jaxtune.generate import Generation, Generator, Sampling
 from jaxtune.hf import adapters, several, soft_prompts, tokenizer
@@ -104,10 +105,10 @@ class Tuned:
     def judge(self, records: Sequence[Record], s: HeadSettings, batch_size: int) -> list[np.ndarray]:
         """The head's outputs for the examples of records, see `head_scores.outputs`."""
         remarks: list[str] = []
-        packed = config.Data(max_length=s.room)
+        packed = config.Data(max_length=s.room, cache=False)
         answers = ("label", "tags", "spans", "answers")  # what is right has no part in it, and may be unheard of
         records = [r._replace(row={k: v for k, v in r.row.items() if k not in answers}) for r in records]
-        rows = pipeline.to_rows(records, lambda e: data_heads.encode(e, self.tokenizer, s), packed, "data", remarks)
+        rows = pipeline.to_rows(records, Encoder(data_heads.encode, self.tokenizer, s), packed, "data", remarks)
         logits = jax.jit(head_scores.make_logits(job.apply_of(self.blueprint), s.objective))
         with jax.set_mesh(self.mesh):
             return head_scores.outputs(logits, self.weights, rows, batch_size, job.putter(self.mesh, None), s.objective)

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
+os.environ.setdefault("XDG_CACHE_HOME", str(ROOT / ".pytest_cache" / "cache"))  # tokens
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here are compiled once and run for milliseconds: plain code, which compiles in a third of the time.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")

@@ -1,11 +1,12 @@
 """What the verbs share: the app, arguments of one meaning, the config that arguments name."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from jaxtune import config
+from jaxtune import config, log
 from jaxtune.errors import UserError
 
 app = typer.Typer(
@@ -30,13 +31,27 @@ Adapters = Annotated[
 Dtype = Annotated[str, typer.Option(help="Compute in float32 or bfloat16.")]
 
 
-def read_config(arguments: list[str] | None) -> config.Config:
-    """The config that the arguments of a verb name: a file, if the first is none of key=value, and values over it."""
+def read_config(arguments: list[str] | None, devices: Callable[[], int] = lambda: 1) -> config.Config:
+    """The config that the arguments of a verb name: a file, if the first is none of key=value, and values over it.
+
+    What a config of LLaMA-Factory is translated into is said, for so many devices.
+    """
+    file, given = file_and_values(arguments)
+    if (t := config.translation(file, given, devices=devices)) is None:
+        return config.load(file, given)
+    log.say(f"{file or 'the given keys'}: of LLaMA-Factory, translated:\n\n{config.dump_tree(t.tree)}")
+    for note in t.notes:
+        log.say(note)
+    return config.validate(t.tree, str(file or "config"))
+
+
+def file_and_values(arguments: list[str] | None) -> tuple[Path | None, dict[str, Any]]:
+    """The arguments of a verb that takes a config."""
     rest = list(arguments or [])
     file = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
     if file is None and not rest:
         raise UserError("neither a config nor a key=value was given; `jaxtune recipes ls` lists configs")
-    return config.load(file, config.parse_overrides(rest))
+    return file, config.parse_overrides(rest)
 
 
 def one_of(option: str, value: str, allowed: list[str]) -> None:

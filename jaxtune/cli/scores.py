@@ -144,7 +144,7 @@ def _with_loss(model: "Tuned", data: "Data", a: Asking, result: Any) -> Any:
     room = min(data.max_length, model.blueprint.decoder.context)
     data = data.model_copy(update={"train": sources, "max_length": room})
     prepared = pipeline.prepare(data, model.tokenizer, 0, "sft", model.blueprint.virtual_ids)
-    found = model.scores(prepared.train, a.batch_size, "sft")
+    found = model.scores(prepared.rows, a.batch_size, "sft")
     values = {"perplexity": found["perplexity"], "loss": found["loss"], "token_accuracy": found["accuracy"]}
     scores = result.scores._replace(values={**values, **result.scores.values})
     return result._replace(scores=scores, remarks=[*result.remarks, *prepared.remarks])

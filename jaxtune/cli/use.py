@@ -75,7 +75,7 @@ def evaluate(
     prepared = pipeline.prepare(options, model.tokenizer, 0, objective, model.blueprint.virtual_ids)
     for remark in prepared.remarks:
         log.say(remark.replace("train:", f"{data}:"))
-    scores = model.scores(prepared.train, batch_size, objective)
+    scores = model.scores(prepared.rows, batch_size, objective)
     log.table([(k, f"{v:.4f}") for k, v in scores.items()])
     if (Path(target) / run.CONFIG).exists():
         file = Path(target) / "scores.json"

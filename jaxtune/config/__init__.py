@@ -4,7 +4,16 @@ YAML holds numbers and names only. Every key is documented where it is declared 
 `jaxtune config-schema` prints the same as a JSON schema.
 """
 
-from jaxtune.config.read import dump, load, nested, parse_overrides, read_yaml, validate
+from jaxtune.config.read import (
+    dump,
+    dump_tree,
+    load,
+    nested,
+    parse_overrides,
+    read_yaml,
+    translation,
+    validate,
+)
 from jaxtune.config.schema import (
     DEMO,
     Checkpoint,
@@ -38,5 +47,6 @@ from jaxtune.config.tuning import (
 __all__ = [
     "DEMO", "METHODS", "AdaLora", "Adapter", "Checkpoint", "Config", "Data", "Evaluate", "Freeze", "Full", "Galore",
     "GradientSelect", "Group", "Ia3", "Lisa", "Lora", "Mesh", "Optim", "Prefix", "Prompt", "QLora", "Source", "Train",
-    "Tuning", "Vocabulary", "dump", "load", "nested", "parse_overrides", "read_yaml", "validate",
+    "Tuning", "Vocabulary", "dump", "dump_tree", "load", "nested", "parse_overrides", "read_yaml", "translation",
+    "validate",
 ]  # fmt: skip

@@ -1,15 +1,20 @@
 """Reading a config: one YAML file and `key=value` overrides. Relative paths in a file start at that file."""
 
+import functools
+import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from jaxtune.config.schema import DEMO, Config, Data, Group, Source
+from jaxtune.config import llamafactory
+from jaxtune.config.llamafactory import Translation
+from jaxtune.config.schema import DEMO, Config, Data, Group, Mesh, Source
 from jaxtune.config.tuning import METHODS, Lora
 from jaxtune.errors import UserError, nearest
 
@@ -42,21 +47,23 @@ def _parse(text: str) -> Any:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file as nested dicts, its paths made to start at the file's folder.
+    """A YAML or JSON file as nested dicts, its paths made to start at the file's folder.
 
     Raises:
-      UserError: the file is missing or is not a YAML mapping.
+      UserError: the file is missing or is not a mapping.
     """
     try:
-        tree = _parse(file.read_text())
+        text = file.read_text()
+        tree = json.loads(text, object_pairs_hook=_once) if file.suffix == ".json" else _parse(text)
     except FileNotFoundError as e:
         raise UserError(f"{file}: no such config; `jaxtune recipes ls` lists those that come along") from e
     except IsADirectoryError as e:
         raise UserError(f"{file}: is a folder, not a YAML file") from e
     except UserError as e:
         raise UserError(f"{file}: {e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{file}: not YAML: {' '.join(str(e).split())}") from e
+    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        kind = "JSON" if file.suffix == ".json" else "YAML"
+        raise UserError(f"{file}: not {kind}: {' '.join(str(e).split())}") from e
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -100,16 +107,52 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return nested(values)
 
 
-def load(file: Path | None, *layers: Mapping[str, Any]) -> Config:
-    """The config of a file under layers of overrides, later ones first.
+def load(file: Path | None, *layers: Mapping[str, Any], devices: Callable[[], int] = lambda: 1) -> Config:
+    """The config of a file under layers of overrides, later ones first. Flat keys of LLaMA-Factory are translated.
+
+    Args:
+      file: a YAML or JSON file.
+      layers: overrides.
+      devices: how many there are, which LLaMA-Factory's batch sizes are multiplied by.
 
     Raises:
       UserError: an unknown key, or a value that does not fit, in one line.
     """
+    t = translation(file, *layers, devices=devices)
+    return validate(t.tree if t else _layered(file, layers), str(file) if file else "config")
+
+
+def translation(
+    file: Path | None, *layers: Mapping[str, Any], devices: Callable[[], int] = lambda: 1
+) -> Translation | None:
+    """LLaMA-Factory's flat keys of a file and overrides as ours, with sections of ours over them; None without any."""
+    theirs: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for layer in (read_yaml(file) if file else {}, *layers):
+        flat, sections = llamafactory.split(layer)
+        theirs, own = {**theirs, **flat}, _merge(own, sections)
+    if not llamafactory.recognises(theirs, own):
+        return None
+    sizes = {k: f.default for k, f in Mesh.model_fields.items()} | own.get("mesh", {})
+    if -1 not in sizes.values():
+        devices = functools.partial(math.prod, sizes.values())
+    t = llamafactory.translate(theirs, str(file) if file else "config", file.parent if file else Path(), devices)
+    return t._replace(tree=_merge(t.tree, own))
+
+
+def _layered(file: Path | None, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tree = read_yaml(file) if file else {}
     for layer in layers:
         tree = _merge(tree, layer)
-    return validate(tree, str(file) if file else "config")
+    return tree
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys each stand once."""
+    for i, (key, _) in enumerate(pairs):
+        if key in [k for k, _ in pairs[:i]]:
+            raise UserError(f"key {key!r} stands twice; keep one")
+    return dict(pairs)
 
 
 def validate(tree: Mapping[str, Any], place: str) -> Config:
@@ -124,7 +167,12 @@ def validate(tree: Mapping[str, Any], place: str) -> Config:
 
 def dump(config: Config) -> str:
     """A config as YAML, every key with its value; paths are absolute, so it reads the same from anywhere."""
-    return yaml.safe_dump(_with_paths_from(config.model_dump(), Path.cwd()), sort_keys=False)
+    return dump_tree(config.model_dump())
+
+
+def dump_tree(tree: Mapping[str, Any]) -> str:
+    """Nested dicts as YAML; paths are absolute."""
+    return yaml.safe_dump(_with_paths_from(dict(tree), Path.cwd()), sort_keys=False, allow_unicode=True)
 
 
 _ALIKE = {"lora", "qlora"}
@@ -152,7 +200,10 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     tree = dict(tree)
     if isinstance(data := tree.get("data"), dict):
         data = tree["data"] = dict(data)
-        for key in ("train", "validation"):
+        registry = data.get("registry")
+        if registry is not None:
+            data["registry"] = joined(registry)  # sources are names in it
+        for key in ("train", "validation") if registry is None else ():
             if isinstance(value := data.get(key), list):
                 data[key] = [{**s, "path": joined(s.get("path"))} if isinstance(s, dict) else s for s in value]
             elif key in data:

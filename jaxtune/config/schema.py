@@ -25,9 +25,10 @@ class Source(Strict):
     format: Format = "auto"
     """What a row holds; "auto" looks at the columns of the first row."""
     columns: dict[str, str] = {}
-    """Names of the columns in the file, where they differ: {prompt: question, completion: answer}."""
+    """Names of the columns in the file, where they differ: {prompt: question, completion: answer}; "" means none."""
     tags: dict[str, str] = {}
-    """Names inside of messages, where they differ: {role: from, content: value, user: human, assistant: gpt}."""
+    """Names inside of messages, where they differ: {role: from, content: value, user: human, assistant: gpt}. Also
+    separator, what stands between an alpaca instruction and its input: an empty line where not given."""
     split: str = "train"
     """Which split of a hub data set."""
     subset: str | None = None
@@ -74,6 +75,8 @@ class Data(Strict):
     """Several examples in a row; they never see each other. Without it rows go into buckets of similar length."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on the prompt too."""
+    train_on_space: bool = False
+    """Loss also on the white space that a template writes after an answer's last token, as LLaMA-Factory has it."""
     template: str = "auto"
     """Chat template: "auto" takes the tokenizer's own, else one that suits the data; or a name, or a Jinja file."""
     thinking: Literal["auto", "on", "off", "keep"] = "auto"

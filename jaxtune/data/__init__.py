@@ -1,1 +1,1 @@
-"""From files to batches: formats → templates → encode → packing → pipeline. numpy only, no jax."""
+"""From files to batches: reading → formats → templates → encode → packing → pipeline. numpy only, no jax."""

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     thinking: str = "auto"
     system: str | None = None
     virtual: tuple[int, ...] = ()  # with which every text starts; they are not trained on and are not counted in `room`
+    space: bool = False  # whether there is loss on the white space after a turn
 
 
 class Encoding(NamedTuple):
@@ -114,7 +115,7 @@ def _lay(c: Conversation, tokenizer: Any, s: Settings, anchored: bool = False) -
     """A conversation as tokens; `anchored` finds its last answer even where all is trained on."""
     if s.template is None:
         raise UserError(f"{c.origin}: a conversation needs a chat template; name one with data.template")
-    c, texts = with_system(c, s.system), Texts(tokenizer, s.template, s.thinking)
+    c, texts = with_system(c, s.system), Texts(tokenizer, s.template, s.thinking, s.space)
     turns = lay_out(c, texts, s.train_on)
     ids, mask, offsets = _tokenised(turns.text, turns.trained, tokenizer)
     start = max((a for a, _ in turns.trained), default=0)

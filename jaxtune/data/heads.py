@@ -249,7 +249,8 @@ def _window(w: Window, record: Record) -> Encoded:
     mask[0] = True
     start = end = 0
     answers = record.row.get("answers") or {"text": [], "answer_start": []}
-    for text, a in list(zip(answers["text"], answers["answer_start"], strict=True))[:1]:
+    placed = [(t, a) for t, a in zip(answers["text"], answers["answer_start"], strict=True) if a >= 0]
+    for text, a in placed[:1]:
         b = a + len(text)
         hit = [i for i, p in enumerate(w.places) if p is not None and p[0] < b and p[1] > a]
         if hit and w.places[hit[0]][0] <= a and w.places[hit[-1]][1] >= b:  # type: ignore[index]

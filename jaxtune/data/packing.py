@@ -4,6 +4,7 @@ Dimensions: B batch, T time.
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,27 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bisect.insort(rooms, left)
         by_room[left].append(row)
     return rows
+
+
+def buckets(lengths: Sequence[int], capacity: int) -> tuple[int, ...]:
+    """Lengths for rows of one example each: 64, 128, 256 …, and the longest's (in steps of 32), rising.
+
+    Each is a program to compile, so a length that fewer than one example in twenty would take is left out.
+
+    >>> buckets([40] * 30 + [90] * 30 + [200] + [1000] * 5, 1024)
+    (64, 128, 1024)
+    """
+    top = min(capacity, math.ceil(max(lengths) / 32) * 32)
+    found: list[int] = []
+    below = 0
+    for T in (64 << k for k in range(32)):
+        if top <= T:
+            return (*found, top)
+        upto = sum(n <= T for n in lengths)
+        if (upto - below) * 20 >= len(lengths):
+            found.append(T)
+            below = upto
+    raise ValueError(f"{top} tokens are more than a row can have")
 
 
 def lay_out(

@@ -1,88 +1,55 @@
-"""Examples to batches, in an order that is a function of the seed alone: shuffled anew in each pass.
+"""From sources to rows: read, split, mixed, encoded (in processes, or from the cache), packed or put into buckets."""
 
-Rows are packed once, so their number, and with it the number of steps, is known before training; where the iterator
-stands is one small JSON state (Grain's), and nothing is replayed or left over on resume.
-
-Dimensions: B batch, T time.
-"""
-
-import dataclasses
 import functools
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.config import Data
-from jaxtune.data import encode, formats, heads, templates
+from jaxtune.config import Data, Source
+from jaxtune.data import encode, formats, heads, reading, registry, templates, token_cache, workers
+from jaxtune.data.batches import Batch, Batches, Rows, told
 from jaxtune.data.encode import Encoded, Encoding, Settings
 from jaxtune.data.examples import AsConversation, Conversation, Example, Record
-from jaxtune.data.packing import lay_out, pack
+from jaxtune.data.mixing import mixed
+from jaxtune.data.packing import buckets, pack
+from jaxtune.data.streaming import Stream
+from jaxtune.data.token_cache import Encoder
 from jaxtune.errors import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Encoded examples, which of them share a row, and where each came from."""
-
-    examples: Sequence[Encoded]
-    origins: Sequence[str]
-    rows: Sequence[Sequence[int]]
-    length: int  # T
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def lay_out(self, i: int) -> dict[str, np.ndarray]:
-        """Row `i` as columns of `[T]`."""
-        return lay_out([self.examples[k] for k in self.rows[i]], self.length, self.examples[0], self.segments)
-
-    @functools.cached_property
-    def segments(self) -> int:
-        """S, the most examples of a row."""
-        return max(map(len, self.rows))
-
-    @functools.cached_property
-    def empty(self) -> dict[str, np.ndarray]:
-        """A row without examples."""
-        return lay_out([], self.length, self.examples[0], self.segments)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(e.ids) for e in self.examples)
-
-    @property
-    def trained_tokens(self) -> int:
-        return sum(int(e.mask[1:].sum()) for e in self.examples)
-
-    def where(self, row_numbers: Sequence[int]) -> list[str]:
-        """file:line of every example in the given rows."""
-        return [self.origins[k] for i in row_numbers if i >= 0 for k in self.rows[i]]
-
-    def digest(self) -> str:
-        """A hash of all tokens and masks and of how they are packed."""
-        h = hashlib.blake2b(f"{self.length} {self.rows!r}".encode(), digest_size=16)
-        for e in self.examples:
-            h.update(e.ids.tobytes())
-            h.update(e.mask.tobytes())
-            for name, x in e.columns.items():
-                h.update(f"{name} {np.asarray(x).tolist()}".encode())
-        return h.hexdigest()
+__all__ = ["Batch", "Batches", "Prepared", "Rows", "Stream", "encoder", "prepare"]
 
 
 class Prepared(NamedTuple):
     """What `prepare` gives: the sets, the template that was used, and remarks for the log."""
 
-    train: Rows
+    train: Rows | Stream
     validation: Rows | None
     template: str | None
     remarks: list[str]
     held: Sequence[Example] = ()  # the validation set as it was read, to be asked and scored
     labels: tuple[str, ...] = ()  # of a head
     multi: bool = False  # whether a text has several
+
+    @property
+    def rows(self) -> Rows:
+        """The training set.
+
+        Raises:
+          UserError: it is a stream.
+        """
+        if not isinstance(self.train, Rows):
+            raise UserError("data.streaming is for training only; set it to false")
+        return self.train
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """Names and values for a table."""
+        held = self.validation
+        return [*self.train.facts, ("validation", f"{len(held):,} rows, {held.summary}" if held else "none")]
 
 
 def prepare(
@@ -93,22 +60,25 @@ def prepare(
     virtual: Sequence[int] = (),
     ask: AsConversation | None = None,
 ) -> Prepared:
-    """Read, split, encode and pack. The split is drawn by the seed, over examples, before packing.
+    """Read, split, mix, encode and pack. The split is drawn by the seed, over examples, before they are mixed.
 
     Every text starts with the ids `virtual`, which count towards `max_length` and are not trained on. `ask` says how
-    the rows of named tasks become conversations.
+    the rows of named tasks become conversations. Where `data.streaming` is set, `train` is read later.
     """
-    train = [e for s in data.sources for e in formats.read(s)]
-    validation = [e for s in data.validation_sources for e in formats.read(s)]
-    if isinstance(data.validation, int | float) and data.validation > 0:
-        n = held_out(data.validation, len(train))
-        order = np.random.default_rng(seed).permutation(len(train))
-        validation = [train[i] for i in sorted(order[:n])]
-        train = [train[i] for i in sorted(order[n:])]
     remarks: list[str] = []
-    held = validation
+    sources, held_sources = registry.resolve(data)
+    validation = [e for s in held_sources for e in _read(s, data, remarks)]
+    if data.streaming:
+        _check_streaming(data, objective)
+        train = [next(_examples(s, data)) for s in sources]  # the template is chosen by them
+    else:
+        sets = [_read(s, data, remarks) for s in sources]
+        if isinstance(data.validation, int | float) and data.validation > 0:
+            sets, validation = _split(sets, data.validation, seed)
+        train = sets[0] if len(sets) == 1 and sources[0].weight == 1 else _mix(data, sources, sets, seed, remarks)
     if objective in heads.READS:
-        return _for_head(data, tokenizer, objective, train, validation)
+        return _for_head(data, tokenizer, objective, train, validation, remarks)
+    held = validation
     train, validation = (
         [ask(e) if isinstance(e, Record) and ask is not None else e for e in es] for es in (train, validation)
     )
@@ -118,21 +88,29 @@ def prepare(
     def ready(examples: list[Example], name: str) -> Rows:
         return to_rows(examples, encoded, data, name, remarks)
 
-    rows = ready(train, "train"), ready(validation, "validation") if validation else None
-    return Prepared(*rows, template, remarks, held)
+    held_rows = ready(validation, "validation") if validation else None
+    if data.streaming:
+        if len(sources) > 1 and data.mix == "concat":
+            remarks.append(
+                f"streaming with data.mix=concat: sets come one after the other, shuffled among "
+                f"{data.shuffle_buffer:,} examples only; data.mix=interleave_over mixes them"
+            )
+        stream = Stream(data, sources, functools.partial(_examples, data=data), encoded, _contents(sources), ask)
+        return Prepared(stream, held_rows, template, remarks, held)
+    return Prepared(ready(train, "train"), held_rows, template, remarks, held)
 
 
 def _for_head(
-    data: Data, tokenizer: Any, objective: str, train: Sequence[Example], validation: Sequence[Example]
+    data: Data,
+    tokenizer: Any,
+    objective: str,
+    train: Sequence[Example],
+    validation: Sequence[Example],
+    remarks: list[str],
 ) -> Prepared:
     """The same for a head: no template, but labels."""
-    remarks: list[str] = []
     labels, multi = heads.label_names(heads.records(train, objective), objective, data.labels)
-    s = head_settings(data, objective, labels, multi)
-
-    def encoded(example: Example) -> Encoding:
-        return heads.encode(example, tokenizer, s)
-
+    encoded = Encoder(heads.encode, tokenizer, head_settings(data, objective, labels, multi))
     rows = to_rows(train, encoded, data, "train", remarks)
     held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
     return Prepared(rows, held, None, remarks, validation, labels, multi)
@@ -143,9 +121,85 @@ def head_settings(data: Data, objective: str, labels: tuple[str, ...], multi: bo
     return heads.HeadSettings(objective, labels, multi, data.max_length, data.truncate, data.stride, data.prompt)
 
 
-def encoder(
-    data: Data, tokenizer: Any, template: str | None, objective: str, virtual: Sequence[int] = ()
-) -> Callable[[Example], Encoding]:
+def _check_streaming(data: Data, objective: str) -> None:
+    if objective not in ("sft", "pretrain"):
+        raise UserError(f"data.streaming goes with objective sft and pretrain, not {objective}; set it to false")
+    if isinstance(data.validation, int | float) and data.validation > 0:
+        raise UserError(
+            f"data.validation={data.validation:g}: nothing can be held out of a stream, whose rows are not counted; "
+            "give a file of its own, or set data.streaming=false"
+        )
+
+
+def _examples(source: Source, data: Data) -> formats.Examples:
+    return formats.Examples(source, bad_rows=data.bad_rows)
+
+
+def _read(source: Source, data: Data, remarks: list[str]) -> list[Example]:
+    """All examples of a source; what was left out is counted in `remarks`, with the first places."""
+    skipped: list[str] = []
+    examples = formats.read(source, True, data.bad_rows, skipped)
+    if skipped:
+        shown = "; ".join(skipped[:3]) + ("; …" if len(skipped) > 3 else "")
+        remarks.append(
+            f"{source.path}: {len(skipped):,} of {len(skipped) + len(examples):,} rows could not be read and were left "
+            f"out: {shown}"
+        )
+    return examples
+
+
+def _split(sets: Sequence[list[Example]], validation: float, seed: int) -> tuple[list[list[Example]], list[Example]]:
+    """Each set without what is held out, and that."""
+    every = [e for s in sets for e in s]
+    drawn = np.random.default_rng(seed).permutation(len(every))[: held_out(validation, len(every))]
+    held = np.zeros(len(every), bool)
+    held[drawn] = True
+    out, at = [], 0
+    for s in sets:
+        out.append([e for e, h in zip(s, held[at : at + len(s)], strict=True) if not h])
+        at += len(s)
+    return out, [every[i] for i in np.flatnonzero(held)]
+
+
+def _mix(
+    data: Data, sources: Sequence[Source], sets: Sequence[list[Example]], seed: int, remarks: list[str]
+) -> list[Example]:
+    """The sets as one; how many examples of each there are is told in `remarks`."""
+    for s, examples in zip(sources, sets, strict=True):
+        if not examples:
+            raise UserError(f"{s.path}: no example is left to train on, all are held out; lower data.validation")
+    picks = mixed([len(s) for s in sets], [s.weight for s in sources], data.mix, seed)
+    counts = Counter(k for k, _ in picks)
+    told = [f"{counts[k]:,} of {s.path} ({len(sets[k]):,}, weight {s.weight:g})" for k, s in enumerate(sources)]
+    remarks.append(f"train: {data.mix} of {'; '.join(told)}")
+    return [sets[k][i] for k, i in picks]
+
+
+def _contents(sources: Sequence[Source]) -> str:
+    """A hash of what sources hold, for which they need not be read: settings, sizes of files and their beginnings."""
+    h = hashlib.blake2b(digest_size=16)
+    for s in sources:
+        h.update(repr(s.model_copy(update={"path": ""})).encode())
+        for place in reading.places(s.path):
+            if "://" in place:
+                h.update(f"{place} {_version(place)}".encode())
+                continue
+            with Path(place).open("rb") as f:
+                h.update(f"{Path(place).stat().st_size}".encode() + f.read(1 << 20))
+    return h.hexdigest()
+
+
+def _version(address: str) -> str:
+    """What an object store says of a file; nothing of a data set of the hub, whose address may hold a revision."""
+    if reading.hub.is_hub(address):
+        return ""
+    import fsspec
+
+    store, path = fsspec.core.url_to_fs(address)
+    return str(store.checksum(path))
+
+
+def encoder(data: Data, tokenizer: Any, template: str | None, objective: str, virtual: Sequence[int] = ()) -> Encoder:
     """How an example becomes tokens."""
     room = data.max_length - len(virtual)
     if room < 2:
@@ -154,8 +208,10 @@ def encoder(
             "tuning.tokens"
         )
     train_on = "all" if objective == "pretrain" else data.train_on
-    s = Settings(template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual))
-    return lambda example: encode.encode(example, tokenizer, s)
+    s = Settings(
+        template, train_on, room, data.truncate, data.thinking, data.system, tuple(virtual), data.train_on_space
+    )
+    return Encoder(encode.encode, tokenizer, s)
 
 
 def choose_template(data: Data, tokenizer: Any, examples: Sequence[Any], remarks: list[str]) -> str | None:
@@ -183,103 +239,36 @@ def held_out(validation: float, n: int) -> int:
     return count
 
 
-def to_rows(
-    examples: Sequence[Example],
-    encoded: Callable[[Example], Encoding],
-    data: Data,
-    name: str,
-    remarks: list[str],
-) -> Rows:
+def to_rows(examples: Sequence[Example], encoded: Encoder, data: Data, name: str, remarks: list[str]) -> Rows:
     """Encode and pack; what is cut or left out is counted in `remarks`."""
     T = data.max_length
     kept: list[Encoded] = []
     origins: list[str] = []
     outcomes: Counter[str] = Counter()
-    for example in examples:
-        pieces, outcome = encoded(example)
+    for example, (pieces, outcome) in zip(examples, _encodings(examples, encoded, data, name, remarks), strict=True):
         outcomes[outcome] += 1
         kept += pieces
         origins += [example.origin] * len(pieces)
-    told = {
-        "cut": f"are longer than {T} tokens and were cut ({data.truncate})",
-        "long": f"are longer than {T} tokens and were left out",
-        "empty": f"were left out, nothing to train on is within {T} tokens",
-    }
-    remarks += [f"{name}: {outcomes[k]} of {len(examples)} examples {t}" for k, t in told.items() if outcomes[k]]
+    remarks += told(outcomes, data, name)
     if not kept:
         raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
+    lengths = [len(e.ids) for e in kept]
     if data.packing:
-        return Rows(kept, origins, pack([len(e.ids) for e in kept], T), T)
-    longest = max(len(e.ids) for e in kept)
-    return Rows(kept, origins, [[i] for i in range(len(kept))], min(T, -(-longest // 32) * 32))
+        return Rows(kept, origins, pack(lengths, T), T)
+    widths = buckets(lengths, T)
+    return Rows(kept, origins, [[i] for i in range(len(kept))], widths[-1], widths)
 
 
-class Batch(NamedTuple):
-    """Columns of `[B, T]` and others of `[B, …]`, and which rows they hold (-1 where a row is only filled up)."""
+def _encodings(
+    examples: Sequence[Example], encoded: Encoder, data: Data, name: str, remarks: list[str]
+) -> list[Encoding]:
+    def make() -> list[Encoding]:
+        with workers.Pool(encoded, workers.number(data.workers, len(examples))) as pool:
+            return pool(examples)
 
-    columns: dict[str, np.ndarray]
-    rows: np.ndarray
-
-    @property
-    def tokens(self) -> int:
-        return int((self.columns["segment_BT"] > 0).sum())
-
-
-def extent(n_rows: int, batch_size: int, epochs: float, steps: int | None) -> tuple[int, int]:
-    """Optimiser steps of a run, and the rows that they take; the last batch of whole epochs may not be full.
-
-    >>> extent(10, 4, 1.0, None), extent(10, 4, 1.0, 7)
-    ((3, 10), (7, 28))
-    """
-    if steps is not None:
-        return steps, steps * batch_size
-    rows = math.ceil(n_rows * epochs)
-    return math.ceil(rows / batch_size), rows
-
-
-class Batches:
-    """The training batches in order, endless where `row_count` is None; `state` goes into a checkpoint and back."""
-
-    def __init__(self, rows: Rows, batch_size: int, *, seed: int | None, row_count: int | None) -> None:
-        """Args:
-        rows: the packed rows.
-        batch_size: rows of a batch.
-        seed: of the shuffle; None keeps the order.
-        row_count: stop after so many rows; the last batch is filled up with empty ones.
-        """
-        import grain
-
-        ds = grain.MapDataset.source(range(len(rows)))
-        if seed is not None:
-            ds = ds.shuffle(seed % 2**32)
-        passes = None if row_count is None else -(-row_count // len(rows))
-        if passes != 1:
-            ds = ds.repeat(passes)
-        if row_count is not None:
-            ds = ds[:row_count]
-        ds = ds.map(lambda i: (rows.lay_out(i), i))
-        ds = ds.batch(batch_size, drop_remainder=False, batch_fn=_collate(rows, batch_size))
-        self._it = iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._it)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return self._it.get_state()
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._it.set_state(state)
-
-
-def _collate(rows: Rows, size: int) -> Callable[[Sequence[tuple]], Batch]:
-    def collate(items: Sequence[tuple]) -> Batch:
-        filled = [*items, *[(rows.empty, -1)] * (size - len(items))]
-        columns = {c: np.stack([row[c] for row, _ in filled]) for c in rows.empty}
-        return Batch(columns, np.array([i for _, i in filled], np.int64))
-
-    return collate
+    if not data.cache:
+        return make()
+    key = token_cache.key(encoded, examples)
+    encodings, there = token_cache.through(key, make)
+    remarks.append(f"{name}: tokens {'from the cache' if there else 'made, and kept for the next run'}")
+    return encodings

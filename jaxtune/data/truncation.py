@@ -122,7 +122,7 @@ def _beyond(n: int, lengths: Collection[int]) -> int:
 def _shorten(messages: Sequence[Message], over: int, left: bool, tokenizer: Any) -> list[Message] | None:
     """Messages with about `over` tokens less: the longest are cut to one length, the system's last. None: they cannot.
 
-    With `left` their beginning is cut, else their middle.
+    With `left` their beginning is cut, else, and of the system message, their middle.
     """
     out = list(messages)
     offsets = [
@@ -135,7 +135,7 @@ def _shorten(messages: Sequence[Message], over: int, left: bool, tokenizer: Any)
         n = lengths[max(0, bisect.bisect_left(lengths, True, key=lambda n: _beyond(n, among.values()) < over) - 1)]
         for i, tokens in among.items():
             if tokens > n:
-                content, head = out[i].content, 0 if left else (n + 1) // 2
+                content, head = out[i].content, 0 if left and not system else (n + 1) // 2
                 start, stop = offsets[i][head - 1][1] if head else 0, offsets[i][tokens - n + head - 1][1]
                 out[i] = out[i]._replace(content=content[:start] + content[stop:], trained=False)
         over -= _beyond(n, among.values())

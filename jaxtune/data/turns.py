@@ -37,6 +37,7 @@ class Texts(NamedTuple):
     tokenizer: Any
     template: str
     thinking: str = "auto"
+    space: bool = False  # whether a turn goes on over the white space after it
 
     def __call__(self, c: Conversation, turns: Sequence[tuple[int, bool]]) -> list[Rendered]:
         """The first n messages, each with or without the assistant's header after them."""
@@ -129,7 +130,7 @@ def find(
                 "differs; set data.train_on=last, or data.thinking=keep where the template knows it (qwen3 does), or "
                 "another data.template"
             )
-        answers[i] = len(before), max(len(before), len(upto.rstrip()))
+        answers[i] = len(before), max(len(before), len(upto if texts.space else upto.rstrip()))
     return text, answers, []
 
 

@@ -78,9 +78,13 @@ def from_hf(config: Mapping[str, Any]) -> TaskHead | None:
     return TaskHead(kind, labels, problem == _MULTI)
 
 
-def to_hf(head: TaskHead, config: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """What a config.json says of a head: `architectures`, the labels, the kind of problem."""
+def to_hf(head: TaskHead | None, config: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """What a config.json says of a head: `architectures`, the labels, the kind of problem. Nothing of a language
+    model's, where the config is of one already."""
     stem = next(iter(config.get("architectures") or ("",))).partition("For")[0]
+    if head is None:
+        mine = stem.removesuffix("Text") if family == "gemma3_text" else stem
+        return {"architectures": [f"{mine}ForCausalLM"]} if from_hf(config) is not None else {}
     out: dict[str, Any] = {
         "architectures": [("Gemma3Text" if family == "gemma3_text" else stem) + CLASSES[head.kind]],
         "id2label": {str(i): n for i, n in enumerate(head.labels)},

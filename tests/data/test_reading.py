@@ -19,7 +19,6 @@ def write(folder, kind, rows=ROWS):
     """The rows in a file of a kind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import zstandard
 
     file = folder / f"rows{kind}"
     plain, codec = (kind.rsplit(".", 1)[0], kind.rsplit(".", 1)[1]) if kind.count(".") == 2 else (kind, None)
@@ -51,7 +50,11 @@ def write(folder, kind, rows=ROWS):
         for r in rows:
             book.active.append(list(r.values()))
         book.save(out)
-    packed = {"gz": gzip.compress, "zst": zstandard.compress, None: bytes}[codec](out.getvalue())
+    packed = {
+        "gz": lambda b: gzip.compress(b, mtime=0),
+        "zst": lambda b: pa.compress(b, "zstd", asbytes=True),
+        None: bytes,
+    }[codec](out.getvalue())
     file.write_bytes(packed)
     return file
 

@@ -65,7 +65,7 @@ def test_what_is_cut_is_still_a_question_and_an_answer(words, pairs, system, roo
     assert text.count("<|im_start|>") - text.count(END) in (0, 1)  # at most the last turn has lost its end
     assert text.startswith("<|im_start|>")
     if system:
-        assert text.startswith("<|im_start|>system\ns0 ")
+        assert text.startswith("<|im_start|>system\ns0")
     turns = text.split(HEADER)
     assert len(turns) > 1  # a header of the assistant
     text = text.removesuffix("\n")  # trained on too with train_on=all

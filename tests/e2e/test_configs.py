@@ -15,16 +15,21 @@ def test_recipes_train_at_toy_size(name, tmp_path):
     assert f"jaxtune train {name}.yaml" in "\n".join(head)
     assert any("Result:" in line for line in head)
     assert any("Hardware:" in line for line in head)
-    pretrain = config.load(file).objective == "pretrain"
-    rows = [
-        {"text": f"the fox eats {i} berries"} if pretrain else {"prompt": f"{i}", "completion": f" {i}"}
-        for i in range(60)
-    ]
+    c = config.load(file)
+    rows = {
+        "pretrain": [{"text": f"the fox eats {i} berries"} for i in range(60)],
+        "classification": [{"text": f"the fox eats {i}", "label": "even odd".split()[i % 2]} for i in range(60)],
+        "translation": [{"en": f"{i}", "de": f"{i}"} for i in range(60)],
+    }.get(
+        c.data.format if c.objective == "sft" else c.objective,
+        [{"prompt": f"{i}", "completion": f" {i}"} for i in range(60)],
+    )
     small = {
         "model": write_tiny(tmp_path / "m", layers=4, tied=False),
         "data.train": write_jsonl(tmp_path / "d.jsonl", rows),
         "data.max_length": 16, "train.batch_size": 4, "train.accumulation": 2, "train.steps": 2,
-        "train.epochs": 1, "output": tmp_path / "r", "optim.warmup": 0,
+        "train.epochs": 1, "output": tmp_path / "r", "optim.warmup": 0, "evaluate.max_samples": 2,
+        "evaluate.max_new_tokens": 4, "data.validation": 4 if c.data.validation else 0,
     }  # fmt: skip
     out = run.train(config.load(file, config.nested(small)))
     assert (out / "export").exists()
