@@ -45,15 +45,16 @@ def score(
     options: Options,
     asked: Asked,
     said: Callable[[int, int], None] = lambda n, of: None,
+    max_samples: int | None = None,
 ) -> Result:
-    """Ask everything, greedily, and score the answers. `said` is told how many are answered, of how many.
+    """Ask the first `max_samples` examples, greedily, and score the answers. `said` is told how many are answered.
 
-    Labels are chosen among those of the config, else among those of these rows; see `tasks.classification`.
+    Labels are chosen among those of the config, else among those of all examples; see `tasks.classification`.
 
     Raises:
       UserError: an example cannot be asked by this task.
     """
-    questions = tasks.questions(task, examples, options)
+    questions = tasks.questions(task, examples[:max_samples], options)
     references = [q.reference for q in questions]
     prompts = [_prompt(q.conversation, asked) for q in questions]
     remarks: list[str] = []
@@ -65,7 +66,7 @@ def score(
     scored: list[Any] | None = None  # and as they are scored, where that is something else
     extra: list[dict[str, Any]] = [{} for _ in questions]
     if task.decides == "labels" and all(isinstance(r, str) for r in references):
-        labels = options.labels or label_names(references)
+        labels = options.labels or label_names([q.reference for q in tasks.questions(task, examples, options)])
         options = options._replace(labels=tuple(labels))
         found, cut = likelihood.choose(asked.generator, prompts, [labels] * len(prompts), True, asked.batch_size, told)
         predictions = [c[choice.best(c)].text for c in found]
@@ -104,7 +105,7 @@ def in_loop(evaluate: Evaluate, data: Data, examples: Sequence[Example], asked: 
     """The scores of `evaluate.task` on a validation set, at most `evaluate.max_samples` examples of it, by name."""
     task = tasks.named(evaluate.task or "")
     asked = asked._replace(max_new_tokens=evaluate.max_new_tokens, thinking=data.thinking, system=data.system)
-    result = score(task, examples[: evaluate.max_samples], tasks.options_of(data), asked)
+    result = score(task, examples, tasks.options_of(data), asked, max_samples=evaluate.max_samples)
     for remark in result.remarks:
         log.warn(f"evaluate.task: {remark}")
     return dict(result.scores.values)

@@ -73,6 +73,8 @@ class Tuned:
     template: str | None
     eos: Sequence[int]
     mesh: jax.sharding.Mesh
+    thinking: str = "auto"  # as the run was trained
+    system: str | None = None
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -84,7 +86,13 @@ class Tuned:
         """Messages as the model was trained to see them; as they are where it has no template."""
         if self.template is None:
             return (self.tokenizer.bos_token or "") + "".join(m.content for m in messages)
-        return encode.prompt_text(Conversation(tuple(messages), "messages", "prompt"), self.tokenizer, self.template)[0]
+        return self.asked(Conversation(tuple(messages), "messages", "prompt"))[0]
+
+    def asked(self, c: Conversation) -> tuple[str, str | None]:
+        """A conversation's prompt by the template, and the answer that it ends with."""
+        if self.template is None:
+            raise UserError(f"{c.origin}: a conversation needs a chat template, and the model has none")
+        return encode.prompt_text(c, self.tokenizer, self.template, self.thinking, self.system)
 
     def answer(self, prompt: str, **options: Any) -> str:
         """The answer to one user message."""
@@ -140,7 +148,11 @@ def open_model(
     job.use_compile_cache()
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
-        return _ready(open_weights(target, adapter, dtype, on), on)
+        opened = _ready(open_weights(target, adapter, dtype, on), on)
+    if (file := Path(target) / run.CONFIG).exists():
+        data = config.load(file).data
+        return dataclasses.replace(opened, thinking=data.thinking, system=data.system)
+    return opened
 
 
 def open_models(
@@ -359,7 +371,7 @@ def _pair(tuned: Tuned, e: Example) -> tuple[str, str | None]:
     if isinstance(e, Document):
         return (tuned.tokenizer.bos_token or "") + e.text, None
     if tuned.template is not None:
-        return encode.prompt_text(e, tuned.tokenizer, tuned.template)
+        return tuned.asked(e)
     if [m.role for m in e.messages] in (["user"], ["user", "assistant"]):
         return tuned.prompt(e.messages[:1]), e.messages[1].content if len(e.messages) > 1 else None
     raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")

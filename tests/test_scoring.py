@@ -81,6 +81,19 @@ def test_the_verb_on_another_task(done, colours, tmp_path, capsys):
     assert "did you mean 'classification'" in capsys.readouterr().err
 
 
+def test_the_verb_on_rows_of_the_task(done, tmp_path):
+    rows = [{"text": k, "label": v} for k, v in COLOURS.items()]
+    file, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    keys = ("format=classification", "prompt='{text}:'", "--task", "classification")
+    call("evaluate", done, file, *keys, "--max-samples", 2, "--out", out)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["rows"] == 2
+    assert scores["details"]["confusion"]["references"] == ["blue", "green", "green grey"]  # of all rows
+    assert scores["baseline"] == {**scores["baseline"], "name": "always 'blue'", "accuracy": 1.0}
+    prompts = [json.loads(line)["prompt"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [p.removeprefix("<s>") for p in prompts] == ["sky:", "sea:"]
+
+
 def test_choices_are_scored_by_likelihood(model):
     rows = [
         Record({"question": f"{k}:", "choices": [" blue", " green"], "answer": int(v != "blue")}, "choice", f"r:{i}")

@@ -58,7 +58,7 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
     trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
     path = str(job.DEMO_FOLDER / "validation.jsonl") if a.data == config.DEMO else a.data
     data = _data(task, trained, path, a.keys)
-    examples = [e for s in registry.resolve(data)[0] for e in formats.read(s)][: a.max_samples]
+    examples = [e for s in registry.resolve(data)[0] for e in formats.read(s)]
     options = tasks.options_of(data, a.language)
     if trained is None and task.decides == "labels" and not options.labels:
         found = [q.reference for q in tasks.questions(task, examples, options) if q.row]
@@ -68,7 +68,7 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
         asked = scoring.Asked(
             model.generator, model.template, a.batch_size, a.max_new_tokens, data.thinking, data.system
         )
-        result = scoring.score(task, examples, options, asked, _progress())
+        result = scoring.score(task, examples, options, asked, _progress(), a.max_samples)
     if task.metric == "perplexity":
         result = _with_loss(model, data, a, result)
     for remark in result.remarks:

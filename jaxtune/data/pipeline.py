@@ -110,9 +110,10 @@ def _for_head(
 ) -> Prepared:
     """The same for a head: no template, but labels."""
     labels, multi = heads.label_names(heads.records(train, objective), objective, data.labels)
-    encoded = Encoder(heads.encode, tokenizer, head_settings(data, objective, labels, multi))
-    rows = to_rows(train, encoded, data, "train", remarks)
-    held = to_rows(validation, encoded, data, "validation", remarks) if validation else None
+    s = head_settings(data, objective, labels, multi)
+    rows = to_rows(train, Encoder(heads.encode, tokenizer, s), data, "train", remarks)
+    every = Encoder(heads.encode, tokenizer, s._replace(truncate="right") if s.truncate == "drop" else s)
+    held = to_rows(validation, every, data, "validation", remarks) if validation else None
     return Prepared(rows, held, None, remarks, validation, labels, multi)
 
 

@@ -21,7 +21,7 @@ _CHINESE_PUNCTUATION = set("-:_*^/\\~`+=，。：？！“”；’《》·、�
 def score(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], language: str = "en") -> Scores:
     """Exact match and F1, the best over a question's references, beside those with and without answers apart.
 
-    A question that was not predicted counts 0, as in the official scripts, and is counted in `details`.
+    A question that was not predicted counts 0, as in the scripts of SQuAD v1.1 and CMRC, and is counted in `details`.
 
     >>> score({"q": "the Eiffel Tower!"}, {"q": ["Eiffel Tower", "tower"]}).values
     {'exact_match': 100.0, 'f1': 100.0}
