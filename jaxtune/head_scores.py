@@ -26,6 +26,11 @@ METRICS: Mapping[str, str] = {  # the score by which a task is known
 }  # fmt: skip
 
 
+def metric_of(s: HeadSettings) -> str:
+    """The score by which a head is known."""
+    return "f1_macro" if s.multi else METRICS[s.objective]
+
+
 def make_logits(apply: Apply, objective: str) -> Logits:
     """The head's outputs for a batch, float32: `[B, S, C]` of texts, `[B, T, C]` of tokens."""
     if objective in OF_TEXTS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_QUIET = re.compile("precision|recall|micro|weighted|_answer_")  # scores that are written but not shown
 _WARNED: set[str] = set()
 _WINDOW = 20  # steps over which the speed is taken
 
@@ -146,8 +148,7 @@ class RunLog:
             self._began = self._idle_until
 
     def _is_shown(self, name: str) -> bool:
-        """Of many scores the averages and parts (f1_macro) are written only."""
-        return "_" not in name or name == self.metric
+        return name == self.metric or not _QUIET.search(name)
 
     def line(self, text: str) -> None:
         """A line of its own, not in the live one."""

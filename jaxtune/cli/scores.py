@@ -111,10 +111,10 @@ def by_head(
     for row, record in zip(rows, records, strict=True):
         row["origin"] = record.origin
     result = scoring.Result(scores, head_scores.baseline(s, records), rows, [])
-    log.table(scoring.table(head.kind, head_scores.METRICS[head.kind], result))
+    log.table(scoring.table(head.kind, head_scores.metric_of(s), result))
     if folder is not None:
         about = {"jaxtune": __version__, "model": target, "data": data, "keys": keys, "labels": list(head.labels)}
-        written = scoring.write(folder, head.kind, head_scores.METRICS[head.kind], result, about)
+        written = scoring.write(folder, head.kind, head_scores.metric_of(s), result, about)
         log.say(f"written to {', '.join(str(f) for f in written)}")
 
 

@@ -45,7 +45,7 @@ def evaluate(
 
     They are also written to scores.json in the run folder, or in --out.
     """
-    from jaxtune import job, run, tuned
+    from jaxtune import job, run, tasks, tuned
     from jaxtune.cli import scores as measure
     from jaxtune.data import pipeline
 
@@ -60,8 +60,9 @@ def evaluate(
         asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language)
         return measure.by_task(target, adapter, dtype_of(dtype), asked, measure.folder_of(target, out))
     trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    if objective is not None:
+        one_of("--objective", objective, ["sft", "pretrain"])
     objective = objective or (trained.objective if trained else "sft")
-    one_of("--objective", objective, ["sft", "pretrain"])
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
     model = tuned.open_model(target, adapter, dtype_of(dtype))
@@ -72,7 +73,9 @@ def evaluate(
     base = {"data": {"max_length": min(1024, context), **own}}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys).items()})
     options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
-    prepared = pipeline.prepare(options, model.tokenizer, 0, objective, model.blueprint.virtual_ids)
+    prepared = pipeline.prepare(
+        options, model.tokenizer, 0, objective, model.blueprint.virtual_ids, tasks.asking(options)
+    )
     for remark in prepared.remarks:
         log.say(remark.replace("train:", f"{data}:"))
     scores = model.scores(prepared.rows, batch_size, objective)
