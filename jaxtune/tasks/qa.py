@@ -31,6 +31,11 @@ def score(predictions: Sequence[str], references: Sequence[str | list[str]], opt
     return squad.score(said, {str(i): [t for t in r if t != NONE] for i, r in enumerate(several)}, spoken)
 
 
+def copy(rows: Sequence[Row], references: Sequence[str | list[str]], options: Options) -> tuple[str, Scores]:
+    """The whole context."""
+    return "the context, copied", score([row["context"] for row in rows], references, options)
+
+
 TASK = Task(
     name="qa",
     format="qa",
@@ -40,4 +45,5 @@ TASK = Task(
     score=score,
     metric="f1",
     max_new_tokens=48,
+    baseline=copy,
 )
