@@ -121,7 +121,7 @@ def evaluate(
 
 
 def baseline(s: HeadSettings, records: Sequence[Record]) -> tuple[str, Scores] | None:
-    """The scores of who says the same of every row without looking: their commonest label, their mean, no entity, the context."""
+    """The scores of who does not look: their commonest label, their mean, no entity, the whole context."""
     if s.multi:
         return None
     if s.objective == "span_qa":

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, log, measuring, optim, sharding
+from jaxtune import blueprint, config, log, measuring, optim, overview, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.blueprint import Blueprint
@@ -29,10 +29,8 @@ from jaxtune.hf import adapters, files, soft_prompts, tokenizer
 from jaxtune.job import (
     Job,
     Steps,
-    check_disk,
     compile_step,
     data_with_demo,
-    introduce,
     prepare,
     putter,
     use_compile_cache,
@@ -59,7 +57,7 @@ def train(c: Config) -> Path:
     out = Path(c.output)
     with _told_to_stop() as told:
         job = prepare(c)
-        check_disk(job)
+        overview.check_disk(job)
         with _alone(out):
             _train(job, out, told)
     return out
@@ -100,7 +98,7 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
             state = State(trainable, frozen, optimiser, zero, key)
             del trainable
         del frozen
-        introduce(job, compiled)
+        overview.introduce(job, compiled)
         try:
             weights = _loop(job, state, Steps(job, compiled), batches, checkpoints, start, about, told)
         finally:

@@ -2,7 +2,7 @@ import types
 
 import pytest
 
-from jaxtune import job
+from jaxtune import job, overview
 from jaxtune.errors import UserError
 from jaxtune.layers import unbox
 from jaxtune.tuning import method as m
@@ -14,7 +14,7 @@ def test_a_quantised_base_has_the_parameters_that_it_had(tiny, sums_file, tmp_pa
     prepared = job.prepare(make_config(tiny, sums_file, tmp_path / "r", tuning={"method": "lora", "rank": 2, **t}))
     base, adapters = m.count(unbox(prepared.blueprint.plain)), m.count(prepared.state.trainable)
     assert (m.count(prepared.blueprint.abstract) == base + adapters) == (t == {})
-    job.introduce(prepared, types.SimpleNamespace(memory_analysis=lambda: None))
+    overview.introduce(prepared, types.SimpleNamespace(memory_analysis=lambda: None))
     said = capsys.readouterr().out
     assert f"{base:,} parameters" in said
     assert f"{adapters:,} of {base + adapters:,} train" in said

@@ -26,13 +26,13 @@ def validate(arguments: Pairs = None) -> None:
     """Check CONFIG, files, columns, lengths, memory and disk, before any device is touched."""
     import jax
 
-    from jaxtune import job
+    from jaxtune import overview
 
     c = read_config(arguments)
     jax.config.update("jax_platforms", "cpu")
     if (devices := math.prod(n for n in (c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) if n > 0)) > 1:
         jax.config.update("jax_num_cpu_devices", devices)  # the mesh is that of another machine
-    log.table(job.validate(c))
+    log.table(overview.validate(c))
     log.say("valid")
 
 

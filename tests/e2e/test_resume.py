@@ -120,12 +120,12 @@ def test_a_folder_is_one_process_own(tiny, sums_file, tmp_path):
 
 
 def test_a_run_on_a_nearly_full_disk_goes_on_in_the_room_that_it_has(tiny, sums_file, tmp_path, monkeypatch):
-    from jaxtune import job
+    from jaxtune import job, overview
 
     c = make_config(tiny, sums_file, tmp_path / "r", tuning=LORA, checkpoint__every=1)
     run.train(c)
     monkeypatch.setattr("shutil.disk_usage", lambda p: type("Usage", (), {"free": 0}))
-    need, there = job.check_disk(job.prepare(c))
+    need, there = overview.check_disk(job.prepare(c))
     assert 0 < need <= there
     with pytest.raises(UserError, match="0 B are free; make room"):
         run.train(make_config(tiny, sums_file, tmp_path / "new", tuning=LORA))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxtune import blueprint, job
+from jaxtune import blueprint, job, overview
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data.pipeline import Batches
 from jaxtune.layers import unbox
@@ -110,7 +110,7 @@ def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data
     if same_at_first:
         np.testing.assert_allclose(before_BTV, logits(plain(weights)), atol=2e-4)
 
-    own, state_bytes = job.held(state.trainable), job.held(state.optimiser)
+    own, state_bytes = overview.held(state.trainable), overview.held(state.optimiser)
     assert own > 0
     assert state_bytes < own * COPIES.get(name, 2) + 4096  # and counters
     frozen, before = jax.tree.map(np.asarray, (state.frozen, state.trainable))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtune import blueprint, config, job, run
+from jaxtune import blueprint, config, job, overview, run
 from jaxtune.errors import UserError
 from jaxtune.nodes.noisy import noisy
 from jaxtune.tuning import method as m
@@ -63,7 +63,7 @@ def test_what_trains_at_a_time_is_counted(tiny, sums_file, tmp_path):
     j = job.prepare(c)
     layer = sum(x.size for x in jax.tree.leaves(j.blueprint.abstract["layers_0-1"])) // 2
     norms = 32 * 2 + 32  # of one layer less those of both, and the last
-    assert job._trained(j) == layer + norms
+    assert overview.trained(j) == layer + norms
 
 
 def test_targets_of_ia3_narrow_alone(tiny, sums_file, tmp_path):

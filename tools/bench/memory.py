@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, tuning
+from jaxtune import blueprint, config, overview, tuning
 from jaxtune import job as jobs
 from jaxtune.models import families
 from jaxtune.models.decoder import Decoder, DecoderConfig
@@ -69,7 +69,7 @@ def count(decoder: DecoderConfig, c: config.Config, rows: int, length: int) -> B
     abstract = jax.tree.map(lambda w: w.value, s.weights, is_leaf=lambda x: hasattr(x, "names"))
     trainable, frozen = split(abstract, s.labels)
     state = jax.eval_shape(tx.init, trainable)
-    weights, gradients, optimiser = (jobs.held(t) for t in (abstract, trainable, state))
+    weights, gradients, optimiser = (overview.held(t) for t in (abstract, trainable, state))
     kept = rows * grown(lambda b: kept_bytes(s.decoder, trainable, frozen, b, length))
     return Bytes(weights, gradients, optimiser, kept + one_layer(decoder, c, rows, length) + LOGITS_BYTES)
 
@@ -92,7 +92,7 @@ def kept_bytes(decoder: DecoderConfig, trainable: Any, frozen: Any, rows: int, l
 
         return jax.vjp(loss, trainable)[1]
 
-    return jobs.held(jax.eval_shape(pullback, trainable, frozen, batch))
+    return overview.held(jax.eval_shape(pullback, trainable, frozen, batch))
 
 
 def one_layer(decoder: DecoderConfig, c: config.Config, rows: int, length: int) -> int:

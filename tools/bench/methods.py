@@ -98,7 +98,7 @@ class Row:
 
 def tune(name: str, tuning: dict, rate: float, model: Path, data: Path, out: Path, steps: int, seed: int) -> Row:
     """A whole run through the code that users run."""
-    from jaxtune import config, log, run
+    from jaxtune import config, log, overview, run
     from jaxtune import job as jobs
 
     given = {
@@ -115,7 +115,7 @@ def tune(name: str, tuning: dict, rate: float, model: Path, data: Path, out: Pat
     compiled = jobs.compile_step(job)
     gflop = flops.compiled(compiled.as_text()) / 1e9
     return Row(
-        name, rate, held["eval_loss"], held["eval_accuracy"], trained(job), jobs.held(job.state.optimiser), gflop,
+        name, rate, held["eval_loss"], held["eval_accuracy"], trained(job), overview.held(job.state.optimiser), gflop,
         contenders.stepper(job, compiled),
     )  # fmt: skip
 

@@ -1,0 +1,117 @@
+"""What is said of a job before it runs: what it trains, on what, and what it needs of memory and disk."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtune import config, log
+from jaxtune.blueprint import Blueprint
+from jaxtune.config import DEMO, Config
+from jaxtune.data import encode
+from jaxtune.errors import UserError
+from jaxtune.job import Job, prepare
+from jaxtune.layers import unbox
+from jaxtune.tuning import blocks
+from jaxtune.tuning import method as tuning_method
+
+Tree = Any
+
+
+def introduce(job: Job, compiled: Any) -> None:
+    """Say what is about to happen: one training sample, and the numbers of the run."""
+    c, data, b = job.config, job.data, job.blueprint
+    for remark in data.remarks:
+        log.say(remark)
+    first = data.train.sample
+    mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
+    text = slice(b.method.virtual, None)
+    log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
+    base = tuning_method.count(unbox(b.plain))
+    trains, all_ = trained(job), base + _added(b)
+    per_device = compiled.memory_analysis()
+    memory = "not known here"
+    if per_device is not None:
+        state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
+        memory = f"{log.size(state + rest)} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
+    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
+    log.table(
+        [
+            ("model", f"{c.model if c.model == DEMO else b.folder.name}: {base:,} parameters"),
+            ("tuning", f"{c.tuning.method}: {trains:,} of {all_:,} train ({100 * trains / all_:.2f} %)"),
+            ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
+                       f"remat {c.train.remat}"),
+            *data.facts,
+            ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
+                      + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
+            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
+            ("compute", c.train.compute_dtype),
+            ("memory", memory),
+        ]
+    )  # fmt: skip
+
+
+def trained(job: Job) -> int:
+    """Parameters that train at a time."""
+    trainable = tuning_method.count(job.state.trainable)
+    if tuning_method.CHOSEN not in jax.tree.leaves(job.blueprint.labels):
+        return trainable
+    labels, shapes = jax.tree.leaves(job.blueprint.labels), jax.tree.leaves(job.blueprint.abstract)
+    candidates = sum(x.size for found, x in zip(labels, shapes, strict=True) if found == tuning_method.CHOSEN)
+    return trainable - candidates + tuning_method.count(blocks.found(job.state.optimiser).masters)
+
+
+def _added(b: Blueprint) -> int:
+    """Parameters that the method added. Those of a quantised base are held as fewer numbers, or more."""
+    return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
+
+
+def held(tree: Tree) -> int:
+    """Bytes of a tree of abstract arrays."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def check_disk(job: Job) -> tuple[int, int]:
+    """Bytes that the run's checkpoints and export need, and bytes that are there for them: free, or the run's already.
+
+    Raises:
+      UserError: they do not fit.
+    """
+    c, b = job.config, job.blueprint
+    saved = held(job.state.saved())
+    whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
+    need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Adapter) else whole)
+    out = Path(c.output).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    free += sum(f.stat().st_size for part in ("checkpoints", "export") for f in (out / part).rglob("*") if f.is_file())
+    if need > free:
+        raise UserError(
+            f"{out}: {c.checkpoint.keep + 1} checkpoints and the export need {log.size(need)}, {log.size(free)} are "
+            "free; make room, lower checkpoint.keep or choose another output"
+        )
+    return need, free
+
+
+def validate(c: Config) -> list[tuple[str, str]]:
+    """What can be checked without weights: config, files, columns, token lengths, memory, disk; as names and values.
+
+    Raises:
+      UserError: something does not fit.
+    """
+    job = prepare(c)
+    b, data = job.blueprint, job.data
+    need, free = check_disk(job)
+    gradients = held(job.state.trainable)
+    return [
+        *[("remark", r) for r in data.remarks],
+        ("model", f"{b.folder}: {tuning_method.count(unbox(b.plain)):,} parameters, "
+                  "all tensors fit"),
+        ("tuning", f"{c.tuning.method}: {trained(job):,} parameters train"),
+        *data.facts,
+        ("steps", f"{job.steps:,}"),
+        ("memory", f"{log.size(held(job.state) + gradients)} for weights, optimiser and gradients over all devices; "
+                   "activations come on top"),
+        ("disk", f"{log.size(need)} for {c.checkpoint.keep + 1} checkpoints and the export; {log.size(free)} free"),
+    ]  # fmt: skip
