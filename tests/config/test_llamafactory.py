@@ -96,7 +96,7 @@ def test_a_lora_run(tmp_path):
     c = config.load(write(tmp_path, LORA), devices=lambda: 4)
     assert c.model == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert [(s.path, s.max_samples) for s in c.data.train] == [("identity", 1000), ("alpaca_en_demo", 1000)]
-    assert (c.data.template, c.data.max_length, c.data.packing, c.data.workers) == ("llama3", 2048, False, 16)
+    assert (c.data.template, c.data.max_length, c.data.packing, c.data.workers) == ("llama3", 2048, False, None)
     assert (c.tuning.rank, c.tuning.alpha, c.tuning.targets) == (8, 16, "all-linear")
     assert (c.optim.learning_rate, c.optim.schedule, c.optim.warmup) == (1e-4, "cosine", 0.1)
     assert (c.train.batch_size, c.train.accumulation, c.train.epochs, c.train.seed) == (32, 8, 3, 42)

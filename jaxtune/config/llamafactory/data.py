@@ -51,7 +51,8 @@ def section(k: Keys, objective: str) -> dict[str, Any]:
     else:
         data |= _conversations(k)
     if "preprocessing_num_workers" in k:
-        data["workers"] = k.whole("preprocessing_num_workers", 0)
+        k.whole("preprocessing_num_workers", 0)
+        k.note("preprocessing_num_workers", "as many processes make tokens as are worth it; data.workers sets a number")
     if "tokenized_path" in k:
         k.value("tokenized_path")
         k.note(
