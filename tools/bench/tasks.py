@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     rate: float = 2e-3
     length: int = 256
     rows: int = 400  # of the validation set are scored
+    train: int | None = None  # rows to train on; all where None
     suffix: str = ".jsonl"
 
 
@@ -42,50 +43,52 @@ ENTRIES = {
         "classification",
         settings={"data.columns": {"label": "label_text", "text": "title", "text_pair": "description"}},
         suffix=".csv",
+        epochs=2,
     ),
     "banking77, head": Entry(
-        "banking77", "classification", settings={"data.columns": {"label": "category"}}, epochs=8, suffix=".csv"
+        "banking77", "classification", settings={"data.columns": {"label": "category"}}, epochs=6, suffix=".csv"
     ),
     "poem_sentiment, regression": Entry(
         "poem_sentiment", "regression", settings={"data.format": "regression"}, epochs=6
     ),
-    "snips, tags": Entry("snips", "token_classification", settings={"data.format": "token_classification"}, epochs=8),
-    "xquad_en, spans": Entry("xquad_en", "span_qa", settings=_SPAN, epochs=8, length=384),
-    "xquad_de, spans": Entry("xquad_de", "span_qa", settings=_SPAN, epochs=4, length=512),
-    "xquad_zh, spans": Entry("xquad_zh", "span_qa", settings=_SPAN, epochs=4, length=512),
-    "cmrc2018_zh, spans": Entry("cmrc2018_zh", "span_qa", settings=_SPAN, epochs=3, length=512),
-    "xquad_en, in words": Entry("xquad_en", "sft", "qa", {"data.format": "qa"}, epochs=4, length=448, rows=100),
+    "snips, tags": Entry("snips", "token_classification", settings={"data.format": "token_classification"}, epochs=6),
+    "xquad_en, spans": Entry("xquad_en", "span_qa", settings=_SPAN, epochs=5, length=384, rows=186),
+    "xquad_de, spans": Entry("xquad_de", "span_qa", settings=_SPAN, epochs=3, length=512, train=250, rows=60),
+    "xquad_zh, spans": Entry("xquad_zh", "span_qa", settings=_SPAN, epochs=3, length=512, train=250, rows=60),
+    "cmrc2018_zh, spans": Entry("cmrc2018_zh", "span_qa", settings=_SPAN, epochs=3, length=512, train=250, rows=60),
+    "xquad_en, in words": Entry("xquad_en", "sft", "qa", {"data.format": "qa"}, epochs=3, length=448, rows=60),
     "multi30k en-de": Entry(
         "multi30k_en_de",
         "sft",
         "translation",
         {"data.format": "translation", "data.columns": {"source": "en", "target": "de"}},
-        epochs=6,
+        epochs=3,
         length=192,
-        rows=200,
+        rows=100,
     ),
     "tatoeba en-zh": Entry(
         "tatoeba_en_zh",
         "sft",
         "translation",
         {"data.format": "translation", "data.columns": {"source": "en", "target": "zh"}},
-        epochs=5,
+        epochs=3,
         length=192,
-        rows=200,
+        rows=100,
     ),
     "dialogsum": Entry(
         "dialogsum",
         "sft",
         "summarisation",
         {"data.format": "summarisation", "data.columns": {"document": "dialogue"}},
-        epochs=3,
+        epochs=2,
         length=448,
-        rows=100,
+        rows=50,
+        train=1500,
     ),
     "glaive dialogues": Entry(
         "glaive_toolcall_en_demo", "sft", "dialogue", {"data.template": "roles"}, length=448, rows=10
     ),
-    "gsm8k": Entry("gsm8k", "sft", "maths", {"data.format": "maths"}, epochs=1, length=384, rows=100),
+    "gsm8k": Entry("gsm8k", "sft", "maths", {"data.format": "maths"}, epochs=1, length=384, rows=60, train=2000),
 }
 
 
@@ -94,7 +97,7 @@ def measure(name: str, e: Entry, model: Path, data: Path, out: Path) -> str:
     held = data / e.data / f"validation{e.suffix}"
     folder = out / name.replace(", ", "-").replace(" ", "-")
     given = {
-        "model": str(model), "output": str(folder), "data.train": str(data / e.data / f"train{e.suffix}"),
+        "model": str(model), "output": str(folder), "data.train": [{"path": str((data / e.data / f"train{e.suffix}").absolute()), "max_samples": e.train}],
         "data.validation": str(held), "data.max_length": e.length, "objective": e.objective, "tuning.method": "full",
         "train.epochs": e.epochs, "train.batch_size": 16, "train.compute_dtype": "float32", "train.remat": "none",
         "train.log_every": 50, "optim.learning_rate": e.rate, "evaluate.every": 10**6, "checkpoint.every": 10**6,
