@@ -97,9 +97,8 @@ def measure(name: str, e: Entry, model: Path, data: Path, out: Path) -> str:
     held = data / e.data / f"validation{e.suffix}"
     folder = out / name.replace(", ", "-").replace(" ", "-")
     given = {
-        "model": str(model), "output": str(folder), 
+        "model": str(model), "output": str(folder),
         "data.train": [{"path": str((data / e.data / f"train{e.suffix}").absolute()), "max_samples": e.train}],
-       
         "data.validation": str(held), "data.max_length": e.length, "objective": e.objective, "tuning.method": "full",
         "train.epochs": e.epochs, "train.batch_size": 16, "train.compute_dtype": "float32", "train.remat": "none",
         "train.log_every": 50, "optim.learning_rate": e.rate, "evaluate.every": 10**6, "checkpoint.every": 10**6,
