@@ -209,6 +209,12 @@ def check_evaluation(c: Config, data: Prepared) -> None:
       UserError: there is no such metric or task, or nothing that it could ask.
     """
     better(c.evaluate.metric)
+    known = ("loss", "perplexity", "accuracy")
+    if c.evaluate.task is None and c.objective not in CLASSES and c.evaluate.metric not in known:
+        raise UserError(
+            f"evaluate.metric {c.evaluate.metric!r} is a task's, and none is asked for; set evaluate.task, or take one "
+            f"of {', '.join(known)}"
+        )
     for key in ("best", "patience"):
         if getattr(c.evaluate, key) and not data.validation:
             raise UserError(f"evaluate.{key} looks at the validation set, and there is none; set data.validation")

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, run, sharding
+from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, run, sharding, tasks
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
-from jaxtune.data import encode, formats, pipeline
+from jaxtune.data import encode, pipeline
 from jaxtune.data import heads as data_heads
 from jaxtune.data.examples import Conversation, Document, Example, Message, Record
 from jaxtune.data.heads import HeadSettings
@@ -126,6 +126,7 @@ class Tuned:
         head = self.blueprint.decoder.task
         if head is None:
             return None
+        data = data.model_copy(update={"max_length": min(data.max_length, self.blueprint.decoder.context)})
         if data.truncate == "drop":  # every row gets an answer
             data = data.model_copy(update={"truncate": "right"})
         return pipeline.head_settings(data, head.kind, head.labels, head.multi)
@@ -306,29 +307,32 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
 
 def predict(
     models: Tuned | Mapping[str, Tuned],
-    source: config.Source,
+    data: config.Data,
     out: Path,
     s: Sampling,
     batch_size: int,
     said: Callable[[int, int], None],
     logprobs: bool = False,
-    data: config.Data | None = None,
 ) -> int:
-    """Answer every row of a file, to JSONL with `prompt`, `prediction`, `finish` and, where there is one, `reference`.
+    """Answer each row of `data.train`, to JSONL with `prompt`, `prediction`, `finish` and, if any, `reference`.
 
     With `logprobs` also those of each new token. With more than one sample `predictions`, `finish` and `logprobs` are
     lists, one entry per sample. With several models `predictions`, `finish` and `logprobs` are maps from their names,
     and `prompt` is one too where their chat templates differ.
 
-    A model with a head says what it says of each row instead; `data` tells how its rows are read.
+    Of a model with a head, what it says of each row. Rows that cannot be read are counted, see `data.bad_rows`.
 
     Returns: the number of rows. The file appears when it is complete.
     """
     if out.is_dir():
         raise UserError(f"{out}: is a folder; name a file for the answers")
-    if isinstance(models, Tuned) and (settings := models.head_settings(data or config.Data())) is not None:
-        return _judged(models, source, settings, out, batch_size)
-    examples = formats.read(source, answers=False)
+    remarks: list[str] = []
+    examples = pipeline.examples(data, remarks, answers=False)
+    for remark in remarks:
+        log.say(remark)
+    if isinstance(models, Tuned) and (settings := models.head_settings(data)) is not None:
+        return _judged(models, examples, settings, out, batch_size)
+    examples = [tasks.asked(e, tasks.options_of(data)) for e in examples]
     named = {"": models} if isinstance(models, Tuned) else models
     asked = {name: [_pair(m, e) for e in examples] for name, m in named.items()}
     first, *others = asked.values()
@@ -353,11 +357,9 @@ def predict(
     return len(examples)
 
 
-def _judged(tuned: Tuned, source: config.Source, s: HeadSettings, out: Path, batch_size: int) -> int:
+def _judged(tuned: Tuned, examples: Sequence[Example], s: HeadSettings, out: Path, batch_size: int) -> int:
     """What a head says of every row."""
-    kind = data_heads.READS[s.objective]
-    source = source.model_copy(update={"format": kind}) if source.format == "auto" else source
-    records = data_heads.records(formats.read(source, answers=False), s.objective)
+    records = data_heads.records(examples, s.objective)
     rows = head_scores.predictions(s, tuned.tokenizer, records, iter(tuned.judge(records, s, batch_size)))
     out.parent.mkdir(parents=True, exist_ok=True)
     log.write_whole(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))

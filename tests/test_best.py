@@ -55,7 +55,7 @@ def test_a_run_that_gets_worse_stops_and_exports_its_best(tiny, sums_file, tmp_p
 
 
 def test_a_metric_that_is_not_measured_is_said(tiny, sums_file, tmp_path):
-    with pytest.raises(UserError, match="evaluate.metric 'bleu' is not among the scores: accuracy, loss, perplexity"):
+    with pytest.raises(UserError, match="evaluate.metric 'bleu' is a task's, and none is asked for"):
         run.train(make_config(tiny, sums_file, tmp_path / "a", evaluate__metric="bleu", data__validation=8))
     with pytest.raises(UserError, match="evaluate.best looks at the validation set, and there is none"):
         run.train(make_config(tiny, sums_file, tmp_path / "c", evaluate__best=True))

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune import __version__, config, log
+from jaxtune.data.heads import READS as CLASSES
 from jaxtune.errors import UserError
 
 if TYPE_CHECKING:
     from jaxtune.config import Config, Data
-    from jaxtune.tasks import Task
     from jaxtune.tuned import Tuned
 
-OWN = ("prompt", "labels", "system", "thinking", "train_on", "max_length")  # keys that a run's rows are asked with
+OWN = (  # keys that a run's rows are read with
+    "prompt", "labels", "system", "thinking", "train_on", "train_on_space", "max_length", "truncate", "stride",
+    "packing",
+)  # fmt: skip
 
 
 class Asking(NamedTuple):
@@ -51,14 +54,15 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
     """Ask a model a task's questions; print the scores, and write them where there is a folder for them."""
     import jax
 
-    from jaxtune import job, run, scoring, tasks, tuned
-    from jaxtune.data import formats, registry
+    from jaxtune import job, scoring, tasks, tuned
+    from jaxtune.data import pipeline
 
     task = tasks.named(a.task)
-    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    trained = trained_as(target)
     path = str(job.DEMO_FOLDER / "validation.jsonl") if a.data == config.DEMO else a.data
-    data = _data(task, trained, path, a.keys)
-    examples = [e for s in registry.resolve(data)[0] for e in formats.read(s)]
+    data = data_like(trained, task.format, path, a.keys)
+    remarks: list[str] = []
+    examples = pipeline.examples(data, remarks)
     options = tasks.options_of(data, a.language)
     if trained is None and task.decides == "labels" and not options.labels:
         found = [q.reference for q in tasks.questions(task, examples, options) if q.row]
@@ -71,7 +75,7 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
         result = scoring.score(task, examples, options, asked, _progress(), a.max_samples)
     if task.metric == "perplexity":
         result = _with_loss(model, data, a, result)
-    for remark in result.remarks:
+    for remark in (*remarks, *result.remarks):
         log.say(remark)
     log.table(scoring.table(task.name, task.metric, result))
     if folder is not None:
@@ -94,23 +98,26 @@ def by_head(
     folder: Path | None,
 ) -> None:
     """Judge rows with a model's head; print the scores, and write them where there is a folder for them."""
-    from jaxtune import head_scores, run, scoring
-    from jaxtune.data import formats, registry
+    from jaxtune import head_scores, scoring
     from jaxtune.data import heads as data_heads
+    from jaxtune.data import pipeline
 
     head = model.blueprint.decoder.task
     assert head is not None
-    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
-    read = _data_like(trained, data_heads.READS[head.kind], data, keys)
+    trained = trained_as(target)
+    read = data_like(trained, data_heads.READS[head.kind], data, keys)
     read = read.model_copy(update={"max_length": min(read.max_length, model.blueprint.decoder.context)})
     s = model.head_settings(read)
     assert s is not None
-    examples = [e for source in registry.resolve(read)[0] for e in formats.read(source)][:max_samples]
+    remarks: list[str] = []
+    examples = pipeline.examples(read, remarks)[:max_samples]
     records = data_heads.records(examples, head.kind)
     scores, rows = head_scores.evaluate(s, model.tokenizer, records, model.judge(records, s, batch_size))
     for row, record in zip(rows, records, strict=True):
         row["origin"] = record.origin
-    result = scoring.Result(scores, head_scores.baseline(s, records), rows, [])
+    result = scoring.Result(scores, head_scores.baseline(s, records), rows, remarks)
+    for remark in remarks:
+        log.say(remark)
     log.table(scoring.table(head.kind, head_scores.metric_of(s), result))
     if folder is not None:
         about = {"jaxtune": __version__, "model": target, "data": data, "keys": keys, "labels": list(head.labels)}
@@ -118,22 +125,24 @@ def by_head(
         log.say(f"written to {', '.join(str(f) for f in written)}")
 
 
-def _data(task: "Task", trained: "Config | None", path: str, keys: list[str]) -> "Data":
-    """The data section for a task: as the run was trained, where it is one, with what the command line says over it."""
-    return _data_like(trained, task.format or "auto", path, keys)
-
-
-def _data_like(trained: "Config | None", format: str, path: str, keys: list[str]) -> "Data":
-    """The data section for rows of a format, as a run was trained."""
-    own: dict[str, Any] = {"format": format}
+def data_like(trained: "Config | None", format: str | None, path: str, keys: list[str]) -> "Data":
+    """The data section for rows of a format, or of any: as a run was trained, under what the command line says."""
+    own: dict[str, Any] = {"format": format or "auto"}
     if trained is not None:
         own |= {k: getattr(trained.data, k) for k in OWN}
         same = {(s.format, tuple(s.columns.items()), tuple(s.tags.items())) for s in trained.data.sources}
-        if len(same) == 1:
-            source = trained.data.sources[0]
-            own |= {"format": source.format, "columns": source.columns, "tags": source.tags}
+        source = trained.data.sources[0]
+        if len(same) == 1 and (format in (None, source.format) or trained.objective in CLASSES):
+            own |= {"format": format or source.format, "columns": source.columns, "tags": source.tags}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys).items()})
     return config.load(None, {"data": own}, given, {"data": {"train": path, "validation": 0.0}}).data
+
+
+def trained_as(target: str) -> "Config | None":
+    """The config of a run folder, None of other models."""
+    from jaxtune import run
+
+    return config.load(file) if (file := Path(target) / run.CONFIG).exists() else None
 
 
 def _with_loss(model: "Tuned", data: "Data", a: Asking, result: Any) -> Any:

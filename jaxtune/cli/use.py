@@ -31,7 +31,7 @@ def evaluate(
             "maths, choice."
         ),
     ] = None,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="Of a task: only the first n rows.")] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of a task: the longest answer.")] = None,
     language: Annotated[str | None, typer.Option(help="Of a task's answers: de, zh; seen where not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where scores and answers go; the run folder.")] = None,
@@ -45,7 +45,7 @@ def evaluate(
 
     They are also written to scores.json in the run folder, or in --out.
     """
-    from jaxtune import job, run, tasks, tuned
+    from jaxtune import job, tasks, tuned
     from jaxtune.cli import scores as measure
     from jaxtune.data import pipeline
 
@@ -59,20 +59,21 @@ def evaluate(
     if task is not None:
         asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language)
         return measure.by_task(target, adapter, dtype_of(dtype), asked, measure.folder_of(target, out))
-    trained = config.load(Path(target) / run.CONFIG) if (Path(target) / run.CONFIG).exists() else None
+    trained = measure.trained_as(target)
     if objective is not None:
         one_of("--objective", objective, ["sft", "pretrain"])
     objective = objective or (trained.objective if trained else "sft")
     if data == config.DEMO:
         data = str(job.DEMO_FOLDER / "validation.jsonl")
-    model = tuned.open_model(target, adapter, dtype_of(dtype))
+    model, folder = tuned.open_model(target, adapter, dtype_of(dtype)), measure.folder_of(target, out)
     if model.blueprint.decoder.task is not None:
-        return measure.by_head(model, target, data, keys, batch_size, max_samples, measure.folder_of(target, out))
-    context = model.blueprint.decoder.context
-    own = {k: getattr(trained.data, k) for k in ("max_length", "packing", "train_on")} if trained else {}
-    base = {"data": {"max_length": min(1024, context), **own}}
-    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys).items()})
-    options = config.load(None, base, given, {"data": {"train": data, "validation": 0.0}}).data
+        return measure.by_head(model, target, data, keys, batch_size, max_samples, folder)
+    options = measure.data_like(trained, None, data, keys)
+    if trained is None or options.max_length > model.blueprint.decoder.context:
+        room = min(options.max_length, model.blueprint.decoder.context)
+        options = options.model_copy(update={"max_length": room})
+    sources = [s.model_copy(update={"max_samples": max_samples or s.max_samples}) for s in options.sources]
+    options = options.model_copy(update={"train": sources})
     prepared = pipeline.prepare(
         options, model.tokenizer, 0, objective, model.blueprint.virtual_ids, tasks.asking(options)
     )
@@ -80,8 +81,9 @@ def evaluate(
         log.say(remark.replace("train:", f"{data}:"))
     scores = model.scores(prepared.rows, batch_size, objective)
     log.table([(k, f"{v:.4f}") for k, v in scores.items()])
-    if (Path(target) / run.CONFIG).exists():
-        file = Path(target) / "scores.json"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "scores.json"
         log.write_whole(file, json.dumps({"data": data, **scores}, indent=2) + "\n")
         log.say(f"written to {file}")
 
@@ -98,7 +100,7 @@ Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 @app.command()
 def predict(
     target: Target,
-    file: Annotated[str, typer.Argument(help="A JSONL or CSV file of prompts, in any of the data formats.")],
+    file: Annotated[str, typer.Argument(help="Prompts or rows, of any kind that can be trained on.")],
     keys: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="format or columns.")] = None,
     out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
     adapter: Adapters = None,
@@ -118,6 +120,8 @@ def predict(
 ) -> None:
     """Answer every row of a file. With several adapters, the answers of each and of none stand side by side."""
     from jaxtune import job, tuned
+    from jaxtune.cli import scores as measure
+    from jaxtune.data.heads import READS
     from jaxtune.generate import Sampling
 
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed, samples, beams)
@@ -128,11 +132,12 @@ def predict(
         model = tuned.open_models(target, adapter, dtype_of(dtype))
     else:
         model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype))
-    given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys or []).items()})
-    given = {"data": {**given.get("data", {}), "train": file}}
-    data = config.load(None, given).data
-    source = data.sources[0].model_copy(update={"max_samples": max_samples})
-    n = tuned.predict(model, source, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs, data)
+    head = model.blueprint.decoder.task if isinstance(model, tuned.Tuned) else None
+    data = measure.data_like(measure.trained_as(target), READS[head.kind] if head else None, file, keys or [])
+    data = data.model_copy(
+        update={"train": [s.model_copy(update={"max_samples": max_samples or s.max_samples}) for s in data.sources]}
+    )
+    n = tuned.predict(model, data, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
     log.say(f"{n} answers written to {out}")
 
 

@@ -71,8 +71,9 @@ class Data(Strict):
     before the first answer that stays, and the assistant's header, are kept."""
     stride: int = Field(128, ge=0)
     """Tokens that the windows over a long context share, in extractive question answering."""
-    packing: bool = True
-    """Several examples in a row; they never see each other. Without it rows go into buckets of similar length."""
+    packing: bool | None = None
+    """Several examples in a row; they never see each other. Without it rows go into buckets of similar length. Where
+    not given, texts are packed, and what a head is trained on is not."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Loss on every assistant turn, on the last one only, or on the prompt too."""
     train_on_space: bool = False

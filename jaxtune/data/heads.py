@@ -54,6 +54,21 @@ def records(examples: Iterable[Example], objective: str) -> list[Record]:
     return out
 
 
+def answerable(examples: Sequence[Example], objective: str, remarks: list[str]) -> Sequence[Example]:
+    """The examples without those questions whose answers do not stand in their contexts; these are counted."""
+    if objective != "span_qa":
+        return examples
+
+    def is_placed(e: Example) -> bool:
+        answers = (e.row.get("answers") if isinstance(e, Record) else None) or {"text": [], "answer_start": []}
+        return not answers["text"] or any(a >= 0 for a in answers["answer_start"])
+
+    kept = [e for e in examples if is_placed(e)]
+    if gone := len(examples) - len(kept):
+        remarks.append(f"train: {gone:,} of {len(examples):,} answers do not stand in their contexts and were left out")
+    return kept
+
+
 def label_names(examples: Sequence[Record], objective: str, given: Sequence[str]) -> tuple[tuple[str, ...], bool]:
     """The names of the labels, those `given` or those of the examples in order; and whether a text has several.
 

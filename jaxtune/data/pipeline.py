@@ -108,7 +108,9 @@ def _for_head(
     validation: Sequence[Example],
     remarks: list[str],
 ) -> Prepared:
-    """The same for a head: no template, but labels."""
+    """The same for a head: no template, but labels; and a row for each text, unless packing is asked for."""
+    data = data if data.packing else data.model_copy(update={"packing": False})
+    train = heads.answerable(train, objective, remarks)
     labels, multi = heads.label_names(heads.records(train, objective), objective, data.labels)
     s = head_settings(data, objective, labels, multi)
     rows = to_rows(train, Encoder(heads.encode, tokenizer, s), data, "train", remarks)
@@ -132,14 +134,19 @@ def _check_streaming(data: Data, objective: str) -> None:
         )
 
 
+def examples(data: Data, remarks: list[str], answers: bool = True) -> list[Example]:
+    """The examples of `data.train`, to be asked or judged; without `answers` a row may lack them."""
+    return [e for s in registry.resolve(data)[0] for e in _read(s, data, remarks, answers)]
+
+
 def _examples(source: Source, data: Data) -> formats.Examples:
     return formats.Examples(source, bad_rows=data.bad_rows)
 
 
-def _read(source: Source, data: Data, remarks: list[str]) -> list[Example]:
+def _read(source: Source, data: Data, remarks: list[str], answers: bool = True) -> list[Example]:
     """All examples of a source; what was left out is counted in `remarks`, with the first places."""
     skipped: list[str] = []
-    examples = formats.read(source, True, data.bad_rows, skipped)
+    examples = formats.read(source, answers, data.bad_rows, skipped)
     if skipped:
         shown = "; ".join(skipped[:3]) + ("; …" if len(skipped) > 3 else "")
         remarks.append(
@@ -254,7 +261,7 @@ def to_rows(examples: Sequence[Example], encoded: Encoder, data: Data, name: str
     if not kept:
         raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
     lengths = [len(e.ids) for e in kept]
-    if data.packing:
+    if data.packing is not False:
         return Rows(kept, origins, pack(lengths, T), T)
     widths = buckets(lengths, T)
     return Rows(kept, origins, [[i] for i in range(len(kept))], widths[-1], widths)

@@ -168,7 +168,7 @@ class Stream:
     def digest(self) -> str:
         """A hash of what the sources hold and of all settings on which the rows depend."""
         d = self.data
-        settings = (d.mix, d.shuffle_buffer, d.packing, d.max_length, d.bad_rows, WINDOW, WINDOW_ROWS)
+        settings = (d.mix, d.shuffle_buffer, d.packing is not False, d.max_length, d.bad_rows, WINDOW, WINDOW_ROWS)
         told = f"{self.files} {settings} {self.encoder.fingerprint()}"
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
@@ -329,6 +329,6 @@ class Streamed:
                 tokens += sum(len(piece.ids) for piece in encoding.pieces)
             stop += len(examples)
         lengths = [len(e.ids) for e, _ in encoded]
-        packed = pack(lengths, T) if self._stream.data.packing else [[i] for i in range(len(encoded))]
+        packed = pack(lengths, T) if self._stream.data.packing is not False else [[i] for i in range(len(encoded))]
         order = np.random.default_rng([self._seed, self._n_block, start]).permutation(len(packed))
         return _Window([[encoded[i] for i in packed[k]] for k in order], start, stop, outcomes)

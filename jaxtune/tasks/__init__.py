@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.config import Data
-from jaxtune.data.examples import AsConversation, Conversation, Example, Record
+from jaxtune.data.examples import RECORDS, AsConversation, Conversation, Example, Record
 from jaxtune.errors import UserError, nearest
 from jaxtune.tasks import choice, classification, dialogue, maths, qa, summarisation, translation
 from jaxtune.tasks.base import Options, Row, Task
@@ -14,6 +14,7 @@ __all__ = ["TASKS", "Options", "Question", "Task", "asking", "named", "options_o
 TASKS: Mapping[str, Task] = {
     m.TASK.name: m.TASK for m in (classification, qa, translation, summarisation, dialogue, maths, choice)
 }
+_ALSO = dict.fromkeys(("sentiment", "topic", "spam", "intent"), "classification")
 _OF_FORMAT = {t.format: t for t in TASKS.values() if t.format is not None}
 
 
@@ -32,6 +33,7 @@ def named(name: str) -> Task:
     Raises:
       UserError: there is none of this name.
     """
+    name = _ALSO.get(name, name)
     if name not in TASKS:
         raise UserError(f"task {name!r} does not exist{nearest(name, list(TASKS))}")
     return TASKS[name]
@@ -39,8 +41,13 @@ def named(name: str) -> Task:
 
 def options_of(data: Data, language: str | None = None) -> Options:
     """How a config's data section asks; `language` is that of the answers, which a target column may name."""
-    columns = {k: v for s in data.sources for k, v in s.columns.items()}
-    code = columns.get("target")
+    codes = {s.columns.get("target") for s in data.sources}
+    if len(codes & {*translation.LANGUAGES}) > 1 and data.prompt is None:
+        raise UserError(
+            "data.train: its sets are translated into several languages, and each row should say into which; set "
+            "data.prompt with a column that names it, such as 'Translate into {language}: {source}'"
+        )
+    code = codes.pop() if len(codes) == 1 else None
     language = language or (code if code in translation.LANGUAGES else None)
     return Options(data.prompt, tuple(data.labels), language, data.train_on)
 
@@ -62,6 +69,14 @@ def asking(data: Data) -> AsConversation:
         return _OF_FORMAT[record.task].conversation(record, options)
 
     return ask
+
+
+def asked(example: Example, options: Options) -> Example:
+    """A row of a task as a conversation, which ends with its answer where the row has one; others as they are."""
+    if not isinstance(example, Record) or example.task not in _OF_FORMAT:
+        return example
+    answered = all(example.row.get(c) is not None for c in RECORDS[example.task].answers)
+    return _OF_FORMAT[example.task].conversation(example, options, answered)
 
 
 def questions(task: Task, examples: Sequence[Example], options: Options) -> list[Question]:

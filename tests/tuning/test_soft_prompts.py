@@ -160,7 +160,7 @@ def test_a_text_does_not_depend_on_others_and_is_the_forward_pass(opened):
     g, s = opened.generator, Sampling(8)
     together = [x.ids for x in g.generate(TEXTS, s)]
     assert together == [g.generate([t], s)[0].ids for t in TEXTS]
-    judged = g.judge([g._encode(t) for t in TEXTS], together)
+    judged = g.judge([g.encode(t) for t in TEXTS], together)
     assert all(x.greedy for x in judged)
 
 
