@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(done):
     assert (done / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert any(f.name.startswith("events.out.tfevents") for f in (done / "events").iterdir())
     card = (done / "README.md").read_text()
-    assert "Validation loss" in card
+    assert "| loss |" in card
     assert "sums.jsonl" in card
 
 

@@ -61,6 +61,8 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
     trained = trained_as(target)
     path = str(job.DEMO_FOLDER / "validation.jsonl") if a.data == config.DEMO else a.data
     data = data_like(trained, task.format, path, a.keys)
+    if trained is not None and not _has_columns(data):  # conversations, as it was trained on
+        data = data_like(trained, None, path, a.keys)
     remarks: list[str] = []
     examples = pipeline.examples(data, remarks)
     options = tasks.options_of(data, a.language)
@@ -136,6 +138,17 @@ def data_like(trained: "Config | None", format: str | None, path: str, keys: lis
             own |= {"format": format or source.format, "columns": source.columns, "tags": source.tags}
     given = config.nested({f"data.{k}": v for k, v in config.parse_overrides(keys).items()})
     return config.load(None, {"data": own}, given, {"data": {"train": path, "validation": 0.0}}).data
+
+
+def _has_columns(data: "Data") -> bool:
+    """Whether the first row has the columns that the format needs."""
+    from jaxtune.data import formats, reading, registry
+    from jaxtune.data.examples import RECORDS
+
+    source = registry.resolve(data)[0][0]
+    row = formats.renamed(next(iter(reading.Rows(source)))[1], source.columns)
+    needed = RECORDS[source.format].needed if source.format in RECORDS else ()
+    return "data" in row or "translation" in row or all(row.get(c) is not None for c in needed)
 
 
 def trained_as(target: str) -> "Config | None":
