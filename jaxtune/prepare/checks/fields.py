@@ -75,7 +75,7 @@ def _turns(turns: list[Any], tags: Mapping[str, str]) -> str:
             return f"turn {i} is no {{role, content}}"
         roles.append(turn.get(tags.get("role", "role"), turn.get("from")))
         content = turn.get(tags.get("content", "content"), turn.get("value"))
-        if _empty(content) or (content is None and not turn.get("tool_calls")):
+        if (content is None or _empty(content)) and not turn.get("tool_calls"):
             return f"turn {i} is empty"
     if not {"assistant", "gpt", "model", "function_call", tags.get("assistant")} & {*roles}:
         return "has no turn of the assistant"
