@@ -84,7 +84,7 @@ def test_arrow_streams(tmp_path):
 def test_origins_are_lines_of_the_file(tmp_path):
     lines = [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".csv"))]
     assert lines == ["2", "3", "4", "7", "8", "9"]  # the third row stands on three lines
-    assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".json"))] == ["2", "6", "10", "14", "18", "22"]
+    assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".json"))] == ["1", "2", "3", "4", "5", "6"]
     assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".parquet"))] == ["1", "2", "3", "4", "5", "6"]
     assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".xlsx"))] == ["2", "3", "4", "5", "6", "7"]
 
@@ -194,14 +194,14 @@ def test_json_files_of_every_shape(tmp_path):
     file.write_text('{"a": 1}')
     assert read(file) == [(f"{file}:1", {"a": 1})]
     file.write_text('{"data": [\n{"a": 1},\n{"a": 2}]}')
-    assert [o for o, _ in read(file)] == [f"{file}:2", f"{file}:3"]
+    assert [o for o, _ in read(file)] == [f"{file}:1", f"{file}:2"]
     for text, words in (
         ('{\n"a": 1\n}', "this is one object"),
-        ('[{"a": 1}, {"a"', "a.json:1: a JSON object was expected"),
-        ('[{"a": 1},\n{"a": 2}\n', "a.json:3: ',' was expected, and there is 'the end of the file'"),
-        ('[{"a": 1}] 7', "a.json:1: what follows the list"),
+        ('[{"a": 1}, {"a"', "a.json:2: a JSON object was expected"),
+        ('[{"a": 1},\n{"a": 2}\n', "a.json, line 3: ',' was expected, and there is 'the end of the file'"),
+        ('[{"a": 1}] 7', "a.json, line 1: what follows the list"),
         ('{"data": [{"a": 1}],\n"data": []}', "stands twice"),
-        ('{"da', "a.json:1: not JSON"),
+        ('{"da', "a.json, line 1: not JSON"),
         ("7", "'{' was expected"),
     ):
         file.write_text(text)

@@ -122,7 +122,9 @@ def _fed(numbered: Iterator[Line], ahead: deque[Line], used: list[Line]) -> Iter
 
 
 def json_file(f: Any, path: str, at: Any) -> Iterator[Step]:
-    """`[{…}, …]`, `{"data": [{…}, …]}`, or an object a line. The file is held in memory, its rows are not."""
+    """`[{…}, …]`, `{"data": [{…}, …]}`, or an object a line. The file is held in memory, its rows are not.
+
+    Rows of a list are numbered from 1, for many may stand in a line."""
     blob = _without_mark(f.read(), path)
     text = _decoded(blob, path)
     if isinstance(text, UserError):
@@ -134,20 +136,18 @@ def json_file(f: Any, path: str, at: Any) -> Iterator[Step]:
     if text[start] == "{" and _is_lines(text[start:]):
         yield from jsonl(io.BytesIO(blob), path, at)
         return
-    i, line, counted = at or (_first_row(text, start, path), 1, 0)  # `line` is that of the character `counted`
-    first = at is None
+    i, number = at or (_first_row(text, start, path), 0)
     while text[(i := _gap(text, i)) : i + 1] != "]":
-        if not first:
+        if number:
             i = _gap(text, _past(text, i, ",", path))
-        line, counted, first = line + text.count("\n", counted, i), i, False
-        row, i = _element(text, i, path, line)
-        yield line, row, [i, line, counted]
+        number += 1
+        row, i = _element(text, i, path, number)
+        yield number, row, [i, number]
     rest = ("[" if text[start] == "[" else '{"data": [') + text[i:]
     try:
         json.loads(rest, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
-        line += text.count("\n", counted, i)
-        raise UserError(f"{path}:{line}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
+        raise UserError(f"{_line(text, i, path)}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
 
 
 def _is_lines(text: str) -> bool:
@@ -184,23 +184,26 @@ def _gap(text: str, i: int) -> int:
 def _past(text: str, i: int, mark: str, path: str) -> int:
     if text[i : i + 1] != mark:
         raise UserError(
-            f"{path}:{1 + text.count(chr(10), 0, i)}: {mark!r} was expected, and there is "
+            f"{_line(text, i, path)}: {mark!r} was expected, and there is "
             f"{text[i : i + 1] or 'the end of the file'!r}; is the file cut short?"
         )
     return i + 1
+
+
+def _line(text: str, i: int, path: str) -> str:
+    return f"{path}, line {1 + text.count(chr(10), 0, i)}"
 
 
 def _value(text: str, i: int, path: str) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, i)
     except (ValueError, RecursionError) as e:
-        where = f"{path}:{1 + text.count(chr(10), 0, i)}"
-        raise UserError(f"{where}: not JSON: {_said(e)}; is the file cut short?") from e
+        raise UserError(f"{_line(text, i, path)}: not JSON: {_said(e)}; is the file cut short?") from e
 
 
-def _element(text: str, i: int, path: str, line: int) -> tuple[Row | UserError, int]:
+def _element(text: str, i: int, path: str, number: int) -> tuple[Row | UserError, int]:
     """A row of a list and where it ends. One that is refused, but is JSON, can be left out."""
-    origin = f"{path}:{line}"
+    origin = f"{path}:{number}"
     try:
         row, end = _DECODER.raw_decode(text, i)
     except _Refused as e:

@@ -37,9 +37,6 @@ def extra(table: Table, look: Look) -> Finding:
 
 def _fault(table: Table, row: Row) -> str:
     absent = [c for c in table.needed if row.raw.get(c) is None]
-    if table.format == "translation" and isinstance(row.raw.get("translation"), Mapping):
-        pair = row.raw["translation"]
-        absent = [c for c in table.needed if not str(pair.get(c) or "").strip()]
     if table.format == "token_classification":
         absent = (
             []
