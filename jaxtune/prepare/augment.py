@@ -114,7 +114,8 @@ def augment(
             for i, made in enumerate(rewrite(asked, k)):
                 take(i, made, how)
     out.parent.mkdir(parents=True, exist_ok=True)
-    log.write_whole(out, jsonl(r for row, more in zip(table.rows, copies, strict=True) for r in (table.written(row.raw), *more)))
+    originals = (table.written(row.raw) for row in table.rows)
+    log.write_whole(out, jsonl(r for row, more in zip(originals, copies, strict=True) for r in (row, *more)))
     return len(table), counts
 
 

@@ -112,7 +112,8 @@ class Table:
     def known(self) -> set[str]:
         """All columns that the format reads, as the file names them."""
         beside = (*BESIDE.get(self.format, ()), "id")
-        return {*self.inputs, *self.answers, *self.needed, *self.named(beside), *self.languages, *([self.label] if self.label else [])}
+        read = {*self.inputs, *self.answers, *self.needed, *self.named(beside), *self.languages}
+        return read | ({self.label} if self.label else set())
 
     def texts(self, raw: Mapping[str, Any]) -> list[str]:
         """All strings that a model would see of a row."""

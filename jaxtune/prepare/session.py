@@ -70,7 +70,10 @@ def prepare(source: Source, look: Look, plan: Plan, ask: Ask, tokenizer: Any = N
         if accepted:
             gone = sorted(finding.removes())
             why = {i: f"{name}: {finding.detail[i]}" for i in gone}
-            removed += [{"origin": table.rows[i].origin, "reason": why[i], "row": table.written(table.rows[i].raw)} for i in gone]
+            removed += [
+                {"origin": table.rows[i].origin, "reason": why[i], "row": table.written(table.rows[i].raw)}
+                for i in gone
+            ]
             table = apply(table, finding)
     if not table.rows:
         raise UserError(

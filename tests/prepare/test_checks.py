@@ -313,3 +313,15 @@ def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path):
     t, _ = rows.open_table(Source(path=str(file)))
     assert t.format == "prompt_completion"
     assert CHECKS["missing"](t, Look()).rows == [0]
+
+
+def test_rows_without_tags_are_missing():
+    tagged = [
+        {"text": "to Oslo", "spans": []},
+        {"text": "to Oslo", "slots": []},
+        {"words": ["Oslo"], "tags": ["O"]},
+        {"text": "to Oslo"},
+        {"words": ["Oslo"], "ner_tags": ["O"]},
+    ]
+    detail = CHECKS["missing"](table(tagged, "token_classification", tokens="words"), Look()).detail
+    assert detail == {3: "no 'spans'", 4: "no 'tags'"}

@@ -49,7 +49,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Rows:
-    """The rows of a source in order, each with its origin `file:line` (in tables and lists of JSON: `file:row`, from 1).
+    """The rows of a source in order, each with its origin `file:line` (in tables and JSON's lists: `file:row`, from 1).
 
     `state` is a small JSON value; setting it goes on with the row after the last one that was given: plain text files
     by their byte, tables by their row group, compressed files by unpacking without parsing, .json by its character.

@@ -147,7 +147,8 @@ def json_file(f: Any, path: str, at: Any) -> Iterator[Step]:
     try:
         json.loads(rest, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{_line(text, i, path)}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
+        where = _line(text, i, path)
+        raise UserError(f"{where}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
 
 
 def _is_lines(text: str) -> bool:
