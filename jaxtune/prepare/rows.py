@@ -195,7 +195,7 @@ def open_table(source: Source) -> tuple[Table, list[str]]:
                 if twice := inside.keys() & raw.keys():
                     raise UserError(f"{origin}: column {min(twice)!r} stands in 'translation' and beside it; keep one")
                 languages |= dict.fromkeys(inside)
-                found[i] = Row(origin, {c: v for c, v in raw.items() if c != "translation"} | inside)
+                found[i] = Row(origin, {**{c: v for c, v in raw.items() if c != "translation"}, **inside})
     return Table(tuple(found), kind, source.columns, source.tags, tuple(languages)), skipped
 
 

@@ -198,16 +198,40 @@ def test_json_files_of_every_shape(tmp_path):
     for text, words in (
         ('{\n"a": 1\n}', "this is one object"),
         ('[{"a": 1}, {"a"', "a.json:2: a JSON object was expected"),
-        ('[{"a": 1},\n{"a": 2}\n', "a.json, line 3: ',' was expected, and there is 'the end of the file'"),
-        ('[{"a": 1}] 7', "a.json, line 1: what follows the list"),
+        ('[{"a": 1},\n{"a": 2}\n', "a.json:3: ',' was expected, and there is 'the end of the file'"),
+        ('[{"a": 1}] 7', "a.json:1: what follows the list"),
         ('{"data": [{"a": 1}],\n"data": []}', "stands twice"),
-        ('{"da', "a.json, line 1: not JSON"),
+        ('{"da', "a.json:1: not JSON"),
         ("7", "'{' was expected"),
     ):
         file.write_text(text)
         with pytest.raises(UserError) as e:
             read(file)
         assert words in str(e.value)
+
+
+def test_quotes_in_tsv_are_characters_unless_they_hold_a_field(tmp_path):
+    file = tmp_path / "a.tsv"
+    lines = [
+        ('"Hello\tshe said', ['"Hello', "she said"]),
+        ('"so" it is\t5" wide', ['"so" it is', '5" wide']),
+        ('x\t"open', ["x", '"open']),
+        ('y\tends in"', ["y", 'ends in"']),
+        ('"a ""b"""\t"tab\there"', ['a "b"', "tab\there"]),
+        ('"two\nlines"\t"and\ntwo"', ["two\nlines", "and\ntwo"]),
+        ('z\t"', ["z", '"']),
+        ('last\tline', ["last", "line"]),
+    ]  # fmt: skip
+    file.write_text("p\tq\n" + "\n".join(line for line, _ in lines) + "\n")
+    assert [list(r.values()) for _, r in read(file)] == [fields for _, fields in lines]
+    for k in range(len(lines)):
+        first, again = Rows(Source(path=str(file))), Rows(Source(path=str(file)))
+        begun = [next(first) for _ in range(k)]
+        again.state = first.state
+        assert begun + list(again) == read(file)
+    file.write_text('p\tq\n"one\n')
+    with pytest.raises(UserError, match="a.tsv:2: not CSV"):
+        read(file)
 
 
 def test_a_stream_without_its_end_is_cut_short(tmp_path):

@@ -4,7 +4,7 @@
 |-|-|
 | .jsonl .ndjson | a JSON object a line |
 | .json | a list of objects, {"data": [...]}, or a line each as in .jsonl |
-| .csv .tsv | a header, then a record a row; fields in quotes may hold newlines |
+| .csv .tsv | a header, then a record a row; fields in quotes may hold newlines; a lone quote is a character in .tsv |
 | .txt | a line is a row {"text": line} |
 | .parquet .arrow | as they are; .arrow in either form (file and stream) |
 | .xlsx | the first sheet, a header on top; every cell is read as text |
