@@ -95,7 +95,8 @@ RECORDS: Mapping[str, Columns] = {
     "regression": Columns(("text",), ("label",), ("text_pair",)),
     # SQuAD: answers {"text": [str], "answer_start": [int]}, both empty where there is no answer.  id: str
     "qa": Columns(("context", "question"), ("answers",), ("id",)),
-    # str and str; or translation {"en": str, "de": str}, mapped by data.columns {source: en, target: de}
+    # str, and str or [str] (references; the first is trained on); or translation {"en": str, "de": str}, mapped by
+    # data.columns {source: en, target: de}
     "translation": Columns(("source",), ("target",)),
     # summary: str.  summaries: [str], further references
     "summarisation": Columns(("document",), ("summary",), ("summaries",)),

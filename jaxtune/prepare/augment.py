@@ -49,7 +49,8 @@ class Options:
 def augment(
     source: Source, out: Path, options: Options, rewrites: Mapping[str, Rewrite] | None = None
 ) -> tuple[int, Counter[str]]:
-    """Write the rows and, after each, its copies, marked by `augmented` (how) and `source` (of which row).
+    """Write the rows and, after each, its copies, marked by `augmented` (how) and `source` (of which row; `source_row`
+    where `source` is a column of the rows).
 
     A copy is dropped where it is as its row or as another copy, is too far from its row, or has lost a number, a
     negation, the name of a label or the span of an answer.
@@ -95,7 +96,9 @@ def augment(
         counts[fault or how] += 1
         if new is not None:
             seen[i].add(normal(made))
-            copies[i].append({**new, "augmented": how, "source": table.rows[i].origin})
+            row = table.written(new)
+            origin = "source_row" if "source" in row else "source"  # which is the text itself in rows to translate
+            copies[i].append({**row, "augmented": how, origin: table.rows[i].origin})
 
     for k in range(options.copies if options.operations else 0):
         for i, text in enumerate(asked):
@@ -111,7 +114,8 @@ def augment(
             for i, made in enumerate(rewrite(asked, k)):
                 take(i, made, how)
     out.parent.mkdir(parents=True, exist_ok=True)
-    log.write_whole(out, jsonl(r for row, more in zip(table.rows, copies, strict=True) for r in (row.raw, *more)))
+    originals = (table.written(row.raw) for row in table.rows)
+    log.write_whole(out, jsonl(r for row, more in zip(originals, copies, strict=True) for r in (row, *more)))
     return len(table), counts
 
 

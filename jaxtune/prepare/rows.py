@@ -41,10 +41,9 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "messages": ("tools",),
     "sharegpt": ("tools",),
-    "tokens": ("input_ids", "labels", "attention_mask"),
+    "tokens": ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks"),
     "preference": ("tools",),
     "kto": ("label", "kto_tag", "tools"),
-    "translation": ("translation",),
     "token_classification": ("slots",),
 }
 LABELLED = ("classification", "regression")  # formats whose answer is a label, not a text
@@ -68,6 +67,7 @@ class Table:
     format: str
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name of a column -> the file's
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    languages: tuple[str, ...] = ()  # columns that stood inside of `translation`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -112,7 +112,8 @@ class Table:
     def known(self) -> set[str]:
         """All columns that the format reads, as the file names them."""
         beside = (*BESIDE.get(self.format, ()), "id")
-        return {*self.inputs, *self.answers, *self.needed, *self.named(beside), *([self.label] if self.label else [])}
+        read = {*self.inputs, *self.answers, *self.needed, *self.named(beside), *self.languages}
+        return read | ({self.label} if self.label else set())
 
     def texts(self, raw: Mapping[str, Any]) -> list[str]:
         """All strings that a model would see of a row."""
@@ -122,6 +123,12 @@ class Table:
         """The row with every such string changed; all else as it was."""
         seen = {*self.inputs, *self.answers}
         return {c: changed(v, change) if c in seen else v for c, v in raw.items()}
+
+    def written(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The row as its file had it: languages inside of `translation` where they came from there."""
+        inside = {c: raw[c] for c in self.languages if c in raw}
+        rest = {c: v for c, v in raw.items() if c not in inside}
+        return {**rest, "translation": inside} if inside else rest
 
     def fields(self, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The texts of the question and those of the answer, one for each column.
@@ -181,7 +188,15 @@ def open_table(source: Source) -> tuple[Table, list[str]]:
     if not found:
         raise UserError(f"{source.path}: holds no rows{f' that can be read; {skipped[0]}' if skipped else ''}")
     kind = source.format if source.format != "auto" else _detected(found[:100], source.columns)
-    return Table(tuple(found), kind, source.columns, source.tags), skipped
+    languages: dict[str, None] = {}
+    if kind == "translation":
+        for i, (origin, raw) in enumerate(found):
+            if isinstance(inside := raw.get("translation"), Mapping):
+                if twice := inside.keys() & raw.keys():
+                    raise UserError(f"{origin}: column {min(twice)!r} stands in 'translation' and beside it; keep one")
+                languages |= dict.fromkeys(inside)
+                found[i] = Row(origin, {**{c: v for c, v in raw.items() if c != "translation"}, **inside})
+    return Table(tuple(found), kind, source.columns, source.tags, tuple(languages)), skipped
 
 
 def _detected(found: list[Row], columns: Mapping[str, str]) -> str:
@@ -197,10 +212,7 @@ def _detected(found: list[Row], columns: Mapping[str, str]) -> str:
 
 def example(table: Table, row: Row) -> Example | str:
     """The row as the value that it becomes in training, or why it cannot become one."""
-    raw: Mapping[str, Any] = row.raw
-    if table.format == "translation" and isinstance(raw.get("translation"), dict):
-        raw = {**raw, **raw["translation"]}
-    named: Mapping[str, Any] = formats.renamed(raw, table.columns)
+    named: Mapping[str, Any] = formats.renamed(row.raw, table.columns)
     try:
         if table.format == "token_classification" and "slots" in named and named.get("spans") is None:
             named = records.slots(named, row.origin)

@@ -70,7 +70,10 @@ def prepare(source: Source, look: Look, plan: Plan, ask: Ask, tokenizer: Any = N
         if accepted:
             gone = sorted(finding.removes())
             why = {i: f"{name}: {finding.detail[i]}" for i in gone}
-            removed += [{"origin": table.rows[i].origin, "reason": why[i], "row": table.rows[i].raw} for i in gone]
+            removed += [
+                {"origin": table.rows[i].origin, "reason": why[i], "row": table.written(table.rows[i].raw)}
+                for i in gone
+            ]
             table = apply(table, finding)
     if not table.rows:
         raise UserError(
@@ -91,12 +94,12 @@ def prepare(source: Source, look: Look, plan: Plan, ask: Ask, tokenizer: Any = N
         "seed": plan.seed,
     }  # fmt: skip
     files = {
-        "train.jsonl": report.jsonl(table.rows[i].raw for i in train),
+        "train.jsonl": report.jsonl(table.written(table.rows[i].raw) for i in train),
         "removed.jsonl": report.jsonl(removed),
         "report.html": report.report_html(about, steps, command),
     }
     if held:
-        files["validation.jsonl"] = report.jsonl(table.rows[i].raw for i in held)
+        files["validation.jsonl"] = report.jsonl(table.written(table.rows[i].raw) for i in held)
     if sample:
         files |= {"sample.html": report.sample_html(table, sample), "sample.csv": report.sample_csv(table, sample)}
     told = {"about": about, "checks": [s.told() for s in steps], "unreadable": unreadable, "next": command}

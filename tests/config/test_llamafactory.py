@@ -162,10 +162,22 @@ def test_defaults_are_theirs():
         ({"use_muon": True, "max_grad_norm": 0}, "optim", {"name": "muon", "clip": 0}),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "optim", {"schedule": "constant", "warmup": 0}),
         ({"warmup_steps": 20, "warmup_ratio": 0.1}, "optim", {"warmup": 20}),
+        ({"warmup_steps": "20", "weight_decay": "1e-2"}, "optim", {"warmup": 20, "weight_decay": 0.01}),
         (
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
             "optim",
             {"schedule": "cosine", "final": 0.1},
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0}},
+            "optim",
+            {"schedule": "cosine", "final": 0},
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"},
+             "learning_rate": "1e-5"},
+            "optim",
+            {"learning_rate": 1e-5, "final": pytest.approx(0.1)},
         ),
         ({"pure_bf16": True}, "train", {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}),
         ({"disable_gradient_checkpointing": True}, "train", {"remat": "none"}),
@@ -188,6 +200,9 @@ def test_keys_become_ours(keys, section, wanted):
     assert {k: found.get(k) for k in wanted} == wanted
 
 
+FLOOR = {"lr_scheduler_type": "cosine_with_min_lr"}
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
@@ -201,6 +216,9 @@ def test_keys_become_ours(keys, section, wanted):
         ({"tunning": {}}, "unknown key tunning; did you mean 'tuning'?"),
         ({"learning_rate": "fast"}, "learning_rate: fast: a number was expected"),
         ({"lora_rank": 1.5}, "a whole number was expected"),
+        ({**FLOOR, "lr_scheduler_kwargs": {"min_lr": "low"}}, "min_lr should be a number, not below 0"),
+        ({**FLOOR, "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0}}, "one of min_lr and min_lr_rate"),
+        ({**FLOOR, "lr_scheduler_kwargs": {"min_lr": 1e-6}, "learning_rate": 0}, "should be above 0"),
         ({"bf16": "yes"}, "true or false was expected"),
         ({"optim": "lomo"}, "allowed: adamw_hf"),
         ({"lr_scheduler_type": "inverse_sqrt"}, "allowed: linear, cosine"),

@@ -4,7 +4,7 @@ import pytest
 
 from jaxtune.config import Source
 from jaxtune.data import formats
-from jaxtune.data.examples import Conversation, Document, Message
+from jaxtune.data.examples import Conversation, Document, Judged, Message
 from jaxtune.errors import UserError
 from tests.data.formats.rows import TURNS, jsonl, one, read
 
@@ -24,6 +24,21 @@ def test_formats_are_told_by_their_columns(tmp_path, row, kind, messages):
     assert e.format == kind
     assert [m.content for m in e.messages] == messages
     assert e.origin.endswith("d.jsonl:1")
+
+
+def test_a_label_makes_a_judgement_only_where_it_can_judge(tmp_path):
+    for label, kind in ((True, Judged), (0, Judged), ("false", Judged), ("joy", Conversation), (3, Conversation)):
+        assert isinstance(one(tmp_path, {"messages": TURNS, "label": label}), kind)
+        assert isinstance(one(tmp_path, {"prompt": "a", "completion": "b", "label": label}), kind)
+    with pytest.raises(UserError, match="no column 'label', which format 'kto' needs"):
+        one(tmp_path, {"messages": TURNS, "label": None})
+
+
+def test_text_with_labels_is_not_taken_for_plain_text(tmp_path):
+    with pytest.raises(UserError, match=r"classification \(with data.columns={label: labels}\) or text.*data.format"):
+        one(tmp_path, {"text": "a", "labels": ["b", "c"]})
+    e = one(tmp_path, {"text": "a", "labels": ["b", "c"]}, format="classification", columns={"label": "labels"})
+    assert e.row["label"] == ["b", "c"]
 
 
 def test_text_is_a_document(tmp_path):

@@ -84,7 +84,7 @@ def test_arrow_streams(tmp_path):
 def test_origins_are_lines_of_the_file(tmp_path):
     lines = [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".csv"))]
     assert lines == ["2", "3", "4", "7", "8", "9"]  # the third row stands on three lines
-    assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".json"))] == ["2", "6", "10", "14", "18", "22"]
+    assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".json"))] == ["1", "2", "3", "4", "5", "6"]
     assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".parquet"))] == ["1", "2", "3", "4", "5", "6"]
     assert [o.rpartition(":")[2] for o, _ in read(write(tmp_path, ".xlsx"))] == ["2", "3", "4", "5", "6", "7"]
 
@@ -194,10 +194,10 @@ def test_json_files_of_every_shape(tmp_path):
     file.write_text('{"a": 1}')
     assert read(file) == [(f"{file}:1", {"a": 1})]
     file.write_text('{"data": [\n{"a": 1},\n{"a": 2}]}')
-    assert [o for o, _ in read(file)] == [f"{file}:2", f"{file}:3"]
+    assert [o for o, _ in read(file)] == [f"{file}:1", f"{file}:2"]
     for text, words in (
         ('{\n"a": 1\n}', "this is one object"),
-        ('[{"a": 1}, {"a"', "a.json:1: a JSON object was expected"),
+        ('[{"a": 1}, {"a"', "a.json:2: a JSON object was expected"),
         ('[{"a": 1},\n{"a": 2}\n', "a.json:3: ',' was expected, and there is 'the end of the file'"),
         ('[{"a": 1}] 7', "a.json:1: what follows the list"),
         ('{"data": [{"a": 1}],\n"data": []}', "stands twice"),
@@ -208,6 +208,30 @@ def test_json_files_of_every_shape(tmp_path):
         with pytest.raises(UserError) as e:
             read(file)
         assert words in str(e.value)
+
+
+def test_quotes_in_tsv_are_characters_unless_they_hold_a_field(tmp_path):
+    file = tmp_path / "a.tsv"
+    lines = [
+        ('"Hello\tshe said', ['"Hello', "she said"]),
+        ('"so" it is\t5" wide', ['"so" it is', '5" wide']),
+        ('x\t"open', ["x", '"open']),
+        ('y\tends in"', ["y", 'ends in"']),
+        ('"a ""b"""\t"tab\there"', ['a "b"', "tab\there"]),
+        ('"two\nlines"\t"and\ntwo"', ["two\nlines", "and\ntwo"]),
+        ('z\t"', ["z", '"']),
+        ('last\tline', ["last", "line"]),
+    ]  # fmt: skip
+    file.write_text("p\tq\n" + "\n".join(line for line, _ in lines) + "\n")
+    assert [list(r.values()) for _, r in read(file)] == [fields for _, fields in lines]
+    for k in range(len(lines)):
+        first, again = Rows(Source(path=str(file))), Rows(Source(path=str(file)))
+        begun = [next(first) for _ in range(k)]
+        again.state = first.state
+        assert begun + list(again) == read(file)
+    file.write_text('p\tq\n"one\n')
+    with pytest.raises(UserError, match="a.tsv:2: not CSV"):
+        read(file)
 
 
 def test_a_stream_without_its_end_is_cut_short(tmp_path):

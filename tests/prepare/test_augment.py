@@ -48,6 +48,25 @@ def test_edits_touch_no_word_that_must_stay(tokens, name, seed, rate):
         assert len(pieces) >= len(tokens)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_rows_to_translate_keep_their_form(tmp_path, inside):
+    pairs = [{"en": f"the old film told a long story {n}", "de": f"Satz {n}"} for n in range(3)]
+    rows = [{"id": 1, "translation": p} for p in pairs] if inside else [{"source": p["en"], **p} for p in pairs]
+    columns = {"source": "en" if inside else "source", "target": "de"}
+    file, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    source = Source(path=str(file), format="translation", columns=columns)
+    assert augment(source, out, Options(operations=["swap"]))[0] == 3
+    copies = [r for line in out.read_text().splitlines() if "augmented" in (r := json.loads(line))]
+    assert len(copies) == 3
+    for r, row in zip(copies, rows, strict=True):
+        made, was = (r["translation"], row["translation"]) if inside else (r, row)
+        assert made["de"] == was["de"]
+        text = "en" if inside else "source"
+        assert made[text] != was[text]
+        assert sorted(made[text].split()) == sorted(was[text].split())
+        assert r["source" if inside else "source_row"].startswith(str(file))
+
+
 def test_copies_are_marked_and_labels_stay(tmp_path):
     rows = labelled(20)
     out, counts = made(tmp_path, rows, operations=[*EDA, *TYPOS], table=SYNONYMS, copies=3, rate=0.2)

@@ -151,6 +151,16 @@ def test_missing_names_what_is_wrong():
     }
 
 
+def test_a_turn_of_calls_alone_is_not_missing():
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": "{}"}}]
+    asked = {"role": "user", "content": "What time is it?"}
+    for said in ({"content": ""}, {"content": None}, {}):
+        chat = [{"messages": [asked, {"role": "assistant", **said, "tool_calls": calls}]}]
+        assert not CHECKS["missing"](table(chat, "messages"), Look()).detail
+    chat = [{"messages": [asked, {"role": "assistant", "content": "", "tool_calls": []}]}]
+    assert CHECKS["missing"](table(chat, "messages"), Look()).detail == {0: "turn 1 is empty"}
+
+
 def test_an_empty_input_or_null_answer_is_not_missing():
     alpaca = [{"instruction": "Sing.", "input": "", "output": "La"}]
     assert not CHECKS["missing"](table(alpaca, "alpaca"), Look()).detail
@@ -303,3 +313,15 @@ def test_the_format_is_that_of_the_first_row_that_has_one(tmp_path):
     t, _ = rows.open_table(Source(path=str(file)))
     assert t.format == "prompt_completion"
     assert CHECKS["missing"](t, Look()).rows == [0]
+
+
+def test_rows_without_tags_are_missing():
+    tagged = [
+        {"text": "to Oslo", "spans": []},
+        {"text": "to Oslo", "slots": []},
+        {"words": ["Oslo"], "tags": ["O"]},
+        {"text": "to Oslo"},
+        {"words": ["Oslo"], "ner_tags": ["O"]},
+    ]
+    detail = CHECKS["missing"](table(tagged, "token_classification", tokens="words"), Look()).detail
+    assert detail == {3: "no 'spans'", 4: "no 'tags'"}

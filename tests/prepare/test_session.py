@@ -91,6 +91,22 @@ def test_the_same_again_is_the_same_and_its_own_output_is_clean(messy, tmp_path,
     assert not (tmp_path / "again" / "validation.jsonl").exists()
 
 
+def test_translations_are_looked_at_and_keep_their_form(tmp_path):
+    pairs = [{"en": p, "de": c} for p, c in (r.values() for r in clean())]
+    rows = [{"id": i, "translation": p} for i, p in enumerate([*pairs, pairs[3], {"en": "A cafÃ©?", "de": "Ja."}])]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    columns = ["columns.source=en", "columns.target=de"]
+    call("prepare", file, *columns, "--yes", "--split", 0, "--out", out, *QUICK)
+    rows[21]["translation"]["en"] = "A café?"
+    assert read(out / "train.jsonl") == rows[:20] + rows[21:]
+    [gone] = read(out / "removed.jsonl")
+    assert (gone["origin"], gone["row"]) == (f"{file}:21", rows[20])
+    about = json.loads((out / "report.json").read_text())["about"]
+    assert (about["rows read"], about["removed"], about["changed"]) == (22, 1, 1)
+
+
 def test_files_of_its_own_that_are_not_made_any_more_go(messy, tmp_path):
     out = tmp_path / "out"
     call("prepare", messy, "--yes", "--out", out, *QUICK)

@@ -63,8 +63,8 @@ class Keys:
         return self.given.get(key, default)
 
     def number(self, key: str, default: float) -> float:
-        value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = number(self.value(key, default))
+        if value is None:
             raise self.error(key, "a number was expected")
         return value
 
@@ -113,6 +113,20 @@ class Keys:
         here = self.folder.absolute()
         places = [Path.cwd(), here, *here.parents]
         return next((os.path.normpath(p / path) for p in places if (p / path).exists()), value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also as text (YAML reads 1e-5 as such); None where it is none.
+
+    >>> number("1e-5"), number("3"), number("many"), number(True)
+    (1e-05, 3, None, None)
+    """
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().isdecimal() else float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def short(text: str) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtune.config.llamafactory.keys import Keys
+from jaxtune.config.llamafactory.keys import Keys, number
 
 _SCHEDULES = {
     "linear": "linear",
@@ -46,7 +46,7 @@ def optim(k: Keys) -> dict[str, Any]:
         if optim["warmup"] >= 1:
             raise k.error("warmup_ratio", "a share below 1 was expected")
     if options:
-        optim["final"] = options.get("min_lr_rate") or options["min_lr"] / rate
+        optim["final"] = _final(k, options, rate)
     optim |= {
         "weight_decay": k.number("weight_decay", 0.0),
         "clip": k.number("max_grad_norm", 1.0),
@@ -55,6 +55,22 @@ def optim(k: Keys) -> dict[str, Any]:
         "eps": k.number("adam_epsilon", 1e-8),
     }
     return optim
+
+
+def _final(k: Keys, options: Mapping[str, Any], rate: float) -> float:
+    """The rate at the end as a share of the highest."""
+    given = {name: v for name, v in options.items() if v is not None}
+    if len(given) != 1:
+        raise k.error("lr_scheduler_kwargs", "one of min_lr and min_lr_rate was expected")
+    [(name, value)] = given.items()
+    least = number(value)
+    if least is None or least < 0:
+        raise k.error("lr_scheduler_kwargs", f"{name} should be a number, not below 0")
+    if name == "min_lr_rate":
+        return least
+    if rate <= 0:
+        raise k.error("learning_rate", "should be above 0 where lr_scheduler_kwargs has min_lr")
+    return least / rate
 
 
 def train(k: Keys, devices: Callable[[], int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ do no harm, but for those that would make it another format's.
 | input_ids | tokens |
 | segments | segments |
 | preferred_output, non_preferred_output; or chosen, rejected | preference |
-| kto_tag; messages, label; conversations, label; or prompt, completion, label | kto |
+| kto_tag; messages, label; conversations, label; or prompt, completion, label; the label true, false, 0 or 1 | kto |
 | messages | messages |
 | conversations | sharegpt |
 | prompt, completion | prompt_completion |
@@ -21,6 +21,7 @@ do no harm, but for those that would make it another format's.
 | question, answer | none: maths, or prompt_completion by data.columns; name it |
 | source, target | none: translation or summarisation; name it |
 | text, label | none: classification, regression or text; name it |
+| text, labels | none: classification by data.columns, or text; name it |
 | text | text |
 """
 
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 from jaxtune.config import Source
 from jaxtune.data.examples import RECORDS, Example
 from jaxtune.data.formats import chat, plain, preference, records
-from jaxtune.data.formats.values import Row, Tags
+from jaxtune.data.formats.values import Row, Tags, blank
 from jaxtune.data.reading import Rows
 from jaxtune.errors import UserError
 
@@ -79,6 +80,7 @@ DETECTED: tuple[tuple[str, str | None], ...] = (
     ("question answer", None),
     ("source target", None),
     ("text label", None),
+    ("text labels", None),
     ("text", "text"),
 )
 _PROMPTS = {"prompt completion": "prompt", "instruction output": "instruction"}  # what is left without answers
@@ -86,6 +88,7 @@ _NAME_IT = {
     "question answer": "maths, or map them with data.columns={prompt: question, completion: answer}",
     "source target": "translation or summarisation",
     "text label": "classification, regression or text",
+    "text labels": "classification (with data.columns={label: labels}) or text",
 }
 
 
@@ -118,6 +121,8 @@ def detect(row: Row, origin: str, answers: bool = True) -> str:
     """
     for columns, kind in DETECTED:
         if all(c in row for c in (columns if answers else _PROMPTS.get(columns, columns)).split()):
+            if kind == "kto" and columns.endswith("label") and not preference.judges(row["label"]):
+                continue
             if kind is None:
                 raise UserError(
                     f"{origin}: columns {', '.join(map(repr, row))} may be {_NAME_IT[columns]}; say which with "
@@ -233,7 +238,8 @@ class Examples:
             row = records.slots(row, origin)
         f = FORMATS[kind]
         if kind != "preference" or "preferred_output" not in row:
-            _require(raw, row, (*f.needed, *f.answers) if self._answers else f.needed, kind, self._source, origin)
+            answers = records.tagged(row) if kind == "token_classification" else f.answers
+            _require(raw, row, (*f.needed, *answers) if self._answers else f.needed, kind, self._source, origin)
         return f.build(row, origin, self._source.tags)
 
     def _ended(self) -> None:
@@ -271,11 +277,14 @@ def renamed(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _require(raw: Row, row: Row, needed: Iterable[str], kind: str, source: Source, origin: str) -> None:
-    missing = [c for c in needed if row.get(c) is None]
+    needed = [*needed]
+    missing = [c for c in needed if row.get(c) is None or (c == "label" and blank(row[c]))]
+    if missing and row.get(missing[0]) is not None:
+        raise UserError(f"{origin}: column 'label' is empty, and format {kind!r} needs it; fill it in, or drop the row")
     if missing:
-        mapped = set(source.columns.values())
+        taken = {*source.columns.values(), *needed}
         raise UserError(
             f"{origin}: no column {missing[0]!r}, which format {kind!r} needs; the row has "
             f"{', '.join(repr(c) for c in raw) or 'none'}; map it with data.columns, such as "
-            f"{{{missing[0]}: {next((c for c in raw if c not in mapped), 'name')}}}"
+            f"{{{missing[0]}: {next((c for c in raw if c not in taken), 'name')}}}"
         )

@@ -58,6 +58,15 @@ def kto(row: Row, origin: str, tags: Tags) -> Judged:
     return Judged(Conversation(turns, whole.format, origin, whole.tools), good, origin)
 
 
+def judges(label: Any) -> bool:
+    """Whether a label can say that an answer is good or bad; a missing one is told of where it is read.
+
+    >>> [judges(v) for v in (True, 0, "false", None, "joy", 3)]
+    [True, True, True, True, False, False]
+    """
+    return label is None or str(label).strip().lower() in ("true", "false", "0", "1", "0.0", "1.0")
+
+
 def _where(row: Row, origin: str) -> str:
     found = [c for c in PROMPTS if row.get(c) is not None]
     if not found:

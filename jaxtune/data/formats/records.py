@@ -1,12 +1,15 @@
 """Rows of named tasks: their columns under the task's own names (`examples.RECORDS`), checked and in one form."""
 
+import ast
 import itertools
+import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxtune.data.examples import RECORDS, Record
-from jaxtune.data.formats.values import Row, Tags, flag, integer, label, listed, number, structure, text, texts
+from jaxtune.data.formats.values import Row, Tags, blank, flag, integer, label, listed, number, structure, text, texts
 from jaxtune.errors import UserError
 
 
@@ -14,7 +17,7 @@ def record(task: str) -> Callable[[Row, str, Tags], Record]:
     """What makes records of a task. Columns that the task does not know stay as they are."""
 
     def make(row: Row, origin: str, tags: Tags) -> Record:
-        own = {k: v for k, v in row.items() if k in known and v is not None}
+        own = {k: v for k, v in row.items() if k in known and v is not None and not (k == "label" and blank(v))}
         return Record({k: v for k, v in row.items() if k not in known} | _MAKERS[task](own, origin), task, origin)
 
     c = RECORDS[task]
@@ -27,15 +30,39 @@ def _texts(row: Row, origin: str) -> dict[str, Any]:
 
 
 def _classification(row: Row, origin: str) -> dict[str, Any]:
-    """`{"text": "A fine film.", "label": "positive"}`; a list of labels where several may hold"""
+    """`{"text": "A fine film.", "label": "positive"}`; a list of labels where several may hold
+
+    In a cell of a table the list stands as JSON or as Python writes it.
+    """
     out = _texts({k: v for k, v in row.items() if k != "label"}, origin)
     if "label" in row:
-        given = row["label"]
-        if isinstance(given, str) and given.startswith('["'):  # a list in CSV
-            given = structure(given, "label", origin)
+        given = _cell(row["label"])
         several = isinstance(given, list)
-        out["label"] = [label(x, "label", origin) for x in given] if several else label(given, "label", origin)
+        found = [label(x, "label", origin).strip() for x in (given if several else [given])]
+        if not all(found):
+            raise UserError(f"{origin}: column 'label' holds an empty label; got {given!r:.60}")
+        out["label"] = found if several else found[0]
     return out
+
+
+def _cell(value: Any) -> Any:
+    """A list that stands in a cell; all else as it is.
+
+    >>> _cell('["a", 3]'), _cell("['a', 'b']"), _cell("[a]")
+    (['a', 3], ['a', 'b'], '[a]')
+    """
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass  # it may be Python
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of backslashes
+            given = ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value
+    return given if isinstance(given, list) and all(isinstance(x, str) for x in given) else value
 
 
 def _regression(row: Row, origin: str) -> dict[str, Any]:
@@ -85,6 +112,16 @@ def _nearest(context: str, answer: str, start: int) -> int:
     return min(found, key=lambda i: abs(i - start), default=-1)
 
 
+def _translation(row: Row, origin: str) -> dict[str, Any]:
+    """`{"source": "A cat.", "target": "Eine Katze."}`; a list of targets is of references, the first to be learnt"""
+    out = _texts({k: v for k, v in row.items() if not isinstance(v, list) or k != "target"}, origin)
+    if isinstance(row.get("target"), list):
+        out["target"] = texts(row["target"], "target", origin)
+        if not out["target"]:
+            raise UserError(f"{origin}: column 'target' is an empty list; give a reference at least")
+    return out
+
+
 def _summarisation(row: Row, origin: str) -> dict[str, Any]:
     """`{"document": "…", "summary": "…"}`, and `summaries`, a list of references"""
     out = _texts({k: v for k, v in row.items() if k != "summaries"}, origin)
@@ -114,6 +151,11 @@ def _token_classification(row: Row, origin: str) -> dict[str, Any]:
         )
     sentence = text(row["text"], "text", origin)
     return {"text": sentence} | ({"spans": _spans(sentence, row["spans"], origin)} if "spans" in row else {})
+
+
+def tagged(row: Row) -> tuple[str, str]:
+    """The two columns without which nothing can be learnt of a row: its text, and what stands in it."""
+    return ("tokens", "tags") if row.get("tokens") is not None else ("text", "spans")
 
 
 def _spans(sentence: str, given: Any, origin: str) -> list[dict[str, Any]]:
@@ -194,7 +236,7 @@ _MAKERS: Mapping[str, Callable[[Row, str], dict[str, Any]]] = {
     "classification": _classification,
     "regression": _regression,
     "qa": _qa,
-    "translation": _texts,
+    "translation": _translation,
     "summarisation": _summarisation,
     "maths": _maths,
     "token_classification": _token_classification,

@@ -84,6 +84,11 @@ def label(value: Any, column: str, origin: str) -> str:
     raise UserError(f"{origin}: column {column!r} should be a label (text or a number), got {value!r:.60}")
 
 
+def blank(value: Any) -> bool:
+    """Whether a value is nothing but white space, as an empty cell of a table is."""
+    return isinstance(value, str) and not value.strip()
+
+
 def known(tags: Tags, allowed: Sequence[str]) -> None:
     """Complain of a tag that means nothing."""
     for name in tags:

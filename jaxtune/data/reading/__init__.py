@@ -4,7 +4,7 @@
 |-|-|
 | .jsonl .ndjson | a JSON object a line |
 | .json | a list of objects, {"data": [...]}, or a line each as in .jsonl |
-| .csv .tsv | a header, then a record a row; fields in quotes may hold newlines |
+| .csv .tsv | a header, then a record a row; fields in quotes may hold newlines; a lone quote is a character in .tsv |
 | .txt | a line is a row {"text": line} |
 | .parquet .arrow | as they are; .arrow in either form (file and stream) |
 | .xlsx | the first sheet, a header on top; every cell is read as text |
@@ -49,7 +49,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Rows:
-    """The rows of a source in order, each with its origin `file:line` (in tables: `file:row`, from 1).
+    """The rows of a source in order, each with its origin `file:line` (in tables and JSON's lists: `file:row`, from 1).
 
     `state` is a small JSON value; setting it goes on with the row after the last one that was given: plain text files
     by their byte, tables by their row group, compressed files by unpacking without parsing, .json by its character.

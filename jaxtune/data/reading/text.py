@@ -15,6 +15,7 @@ Step = tuple[int, Row | UserError, Any]  # where a row stands, the row or why it
 
 DEPTH = 100  # lists and objects inside of one another; Python's own bound depends on who calls
 _BOM = b"\xef\xbb\xbf"
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _GAP = re.compile(r"[ \t\r\n]*")
 
 
@@ -79,7 +80,11 @@ def csv_file(f: Any, path: str, at: Any, delimiter: str = ",") -> Iterator[Step]
 
 
 def tsv_file(f: Any, path: str, at: Any) -> Iterator[Step]:
-    """As CSV, with tabs."""
+    """As CSV, with tabs; but in a line that is no CSV, quotes mean nothing unless they stand around a whole field.
+
+    So both kinds are read: fields in quotes as spreadsheets write them, with tabs and newlines inside, and plain ones
+    in which a quote is a character. Lines that a quote would join are rows of their own where each has all columns.
+    """
     return csv_file(f, path, at, "\t")
 
 
@@ -94,6 +99,11 @@ def _records(
             if record is None:
                 return
             if not record:
+                continue
+            alone = [_fields(x.text) for x in used] if delimiter == "\t" and len(used) > 1 else []
+            if alone and len(alone[0]) > 1 and {len(fields) for fields in alone} == {width or len(alone[0])}:
+                ahead.extendleft(reversed(used[1:]))
+                yield used[0].number, alone[0], used[0].after
                 continue
             if width is not None and len(record) != width:
                 raise UserError(
@@ -110,7 +120,20 @@ def _records(
             yield used[0].number, record, used[-1].after
             continue
         ahead.extendleft(reversed(used[1:]))
-        yield used[0].number, bad, used[0].after
+        fields = _fields(used[0].text) if delimiter == "\t" else []
+        yield used[0].number, fields if fields and len(fields) == (width or len(fields)) else bad, used[0].after
+
+
+def _fields(line: str | UserError) -> list[str]:
+    """What stands between tabs; quotes go only around a whole field.
+
+    >>> _fields('"a\\t"b"\\n')
+    ['"a', 'b']
+    """
+    if isinstance(line, UserError):
+        return []
+    fields = line.rstrip("\r\n").split("\t")
+    return [f[1:-1].replace('""', '"') if _QUOTED.fullmatch(f) else f for f in fields]
 
 
 def _fed(numbered: Iterator[Line], ahead: deque[Line], used: list[Line]) -> Iterator[str]:
@@ -122,7 +145,9 @@ def _fed(numbered: Iterator[Line], ahead: deque[Line], used: list[Line]) -> Iter
 
 
 def json_file(f: Any, path: str, at: Any) -> Iterator[Step]:
-    """`[{…}, …]`, `{"data": [{…}, …]}`, or an object a line. The file is held in memory, its rows are not."""
+    """`[{…}, …]`, `{"data": [{…}, …]}`, or an object a line. The file is held in memory, its rows are not.
+
+    Rows of a list are numbered from 1, for many may stand in a line; damage between them is told by its line."""
     blob = _without_mark(f.read(), path)
     text = _decoded(blob, path)
     if isinstance(text, UserError):
@@ -134,20 +159,19 @@ def json_file(f: Any, path: str, at: Any) -> Iterator[Step]:
     if text[start] == "{" and _is_lines(text[start:]):
         yield from jsonl(io.BytesIO(blob), path, at)
         return
-    i, line, counted = at or (_first_row(text, start, path), 1, 0)  # `line` is that of the character `counted`
-    first = at is None
+    i, number = at or (_first_row(text, start, path), 0)
     while text[(i := _gap(text, i)) : i + 1] != "]":
-        if not first:
+        if number:
             i = _gap(text, _past(text, i, ",", path))
-        line, counted, first = line + text.count("\n", counted, i), i, False
-        row, i = _element(text, i, path, line)
-        yield line, row, [i, line, counted]
+        number += 1
+        row, i = _element(text, i, path, number)
+        yield number, row, [i, number]
     rest = ("[" if text[start] == "[" else '{"data": [') + text[i:]
     try:
         json.loads(rest, object_pairs_hook=_once)
     except (ValueError, RecursionError) as e:
-        line += text.count("\n", counted, i)
-        raise UserError(f"{path}:{line}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
+        where = _line(text, i, path)
+        raise UserError(f"{where}: what follows the list of rows is no JSON ({e}); is the file damaged?") from e
 
 
 def _is_lines(text: str) -> bool:
@@ -184,23 +208,26 @@ def _gap(text: str, i: int) -> int:
 def _past(text: str, i: int, mark: str, path: str) -> int:
     if text[i : i + 1] != mark:
         raise UserError(
-            f"{path}:{1 + text.count(chr(10), 0, i)}: {mark!r} was expected, and there is "
+            f"{_line(text, i, path)}: {mark!r} was expected, and there is "
             f"{text[i : i + 1] or 'the end of the file'!r}; is the file cut short?"
         )
     return i + 1
+
+
+def _line(text: str, i: int, path: str) -> str:
+    return f"{path}:{1 + text.count(chr(10), 0, i)}"
 
 
 def _value(text: str, i: int, path: str) -> tuple[Any, int]:
     try:
         return json.JSONDecoder().raw_decode(text, i)
     except (ValueError, RecursionError) as e:
-        where = f"{path}:{1 + text.count(chr(10), 0, i)}"
-        raise UserError(f"{where}: not JSON: {_said(e)}; is the file cut short?") from e
+        raise UserError(f"{_line(text, i, path)}: not JSON: {_said(e)}; is the file cut short?") from e
 
 
-def _element(text: str, i: int, path: str, line: int) -> tuple[Row | UserError, int]:
+def _element(text: str, i: int, path: str, number: int) -> tuple[Row | UserError, int]:
     """A row of a list and where it ends. One that is refused, but is JSON, can be left out."""
-    origin = f"{path}:{line}"
+    origin = f"{path}:{number}"
     try:
         row, end = _DECODER.raw_decode(text, i)
     except _Refused as e:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.data.formats.values import blank
 from jaxtune.prepare.finding import Finding, Look
 from jaxtune.prepare.rows import Row, Table, example
 
@@ -37,27 +38,26 @@ def extra(table: Table, look: Look) -> Finding:
 
 def _fault(table: Table, row: Row) -> str:
     absent = [c for c in table.needed if row.raw.get(c) is None]
-    if table.format == "translation" and isinstance(row.raw.get("translation"), Mapping):
-        pair = row.raw["translation"]
-        absent = [c for c in table.needed if not str(pair.get(c) or "").strip()]
-    if table.format == "token_classification":
-        absent = (
-            []
-            if row.raw.get("tokens") or str(row.raw.get(table.columns.get("text", "text")) or "").strip()
-            else ["text"]
-        )
+    split = row.raw.get(table.columns.get("tokens", "tokens"))
+    if table.format == "token_classification" and not split:
+        text = table.columns.get("text", "text")
+        absent = [] if str(row.raw.get(text) or "").strip() else ["text"]
     if absent:
         return f"no {absent[0]!r}"
     allowed = table.named(_MAY_BE_EMPTY)
     for c in table.needed:
         if c not in allowed and _empty(row.raw.get(c)):
             return f"{c!r} is empty"
-        if c == table.label and row.raw[c] == "":
+        if c == table.label and blank(row.raw[c]):
             return f"{c!r} is empty"
     for c in ("messages", "conversations"):
         turns = row.raw.get(table.columns.get(c, c))
         if c in table.needed and isinstance(turns, list) and (why := _turns(turns, table.tags)):
             return why
+    if table.format == "token_classification":
+        answers = table.named(("tags",) if split else ("spans", "slots"))
+        if all(row.raw.get(c) is None for c in answers):
+            return f"no {answers[0]!r}"
     if table.format in ("preference", "kto") and not "".join(table.texts(row.raw)).strip():
         return "is empty"
     made = example(table, row)
@@ -75,7 +75,7 @@ def _turns(turns: list[Any], tags: Mapping[str, str]) -> str:
             return f"turn {i} is no {{role, content}}"
         roles.append(turn.get(tags.get("role", "role"), turn.get("from")))
         content = turn.get(tags.get("content", "content"), turn.get("value"))
-        if _empty(content) or (content is None and not turn.get("tool_calls")):
+        if (content is None or _empty(content)) and not turn.get("tool_calls"):
             return f"turn {i} is empty"
     if not {"assistant", "gpt", "model", "function_call", tags.get("assistant")} & {*roles}:
         return "has no turn of the assistant"

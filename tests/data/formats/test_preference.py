@@ -61,4 +61,4 @@ def test_kto_trains_on_what_was_judged(tmp_path):
     with pytest.raises(UserError, match="nothing that the label judges"):
         one(tmp_path, {"messages": TURNS[:1], "label": False})
     with pytest.raises(UserError, match="column 'label' should be true or false, got 'maybe'"):
-        one(tmp_path, {"messages": TURNS, "label": "maybe"})
+        one(tmp_path, {"messages": TURNS, "label": "maybe"}, format="kto")

@@ -6,7 +6,7 @@ from jaxtune.config import Source
 from jaxtune.data import formats
 from jaxtune.data.examples import Record
 from jaxtune.errors import UserError
-from tests.data.formats.rows import one, read
+from tests.data.formats.rows import jsonl, one, read
 
 LABELLED = {"text": ["a", "b"], "label": ["1", "2"]}
 CONTEXT = "Oslo is in Norway. Norway is cold."
@@ -20,6 +20,10 @@ CONTEXT = "Oslo is in Norway. Norway is cold."
         ("classification", {"text": "x", "label": ["a", 3]}, {"label": ["a", "3"]}),
         ("classification", {"text": "x", "label": '["a", "b"]'}, {"label": ["a", "b"]}),
         ("classification", {"text": "x", "label": "[a]"}, {"label": "[a]"}),
+        ("classification", {"text": "x", "label": " ['a', 'b '] "}, {"label": ["a", "b"]}),
+        ("classification", {"text": "x", "label": "[1, 2]"}, {"label": ["1", "2"]}),
+        ("classification", {"text": "x", "label": " a "}, {"label": "a"}),
+        ("translation", {"source": "a", "target": ["b", "c"]}, {"target": ["b", "c"]}),
         ("regression", {"text": "x", "label": "3.5"}, {"label": 3.5}),
         ("maths", {"question": "q", "answer": 42}, {"answer": "42"}),
         ("summarisation", {"document": "d", "summary": "s", "summaries": ["s", "t"]}, {"summaries": ["s", "t"]}),
@@ -55,6 +59,16 @@ def test_records(tmp_path, task, row, want):
     [
         ("classification", {"text": "x", "label": None}, "no column 'label'"),
         ("classification", {"text": "x", "label": {}}, "should be a label"),
+        ("classification", {"text": "x", "label": " "}, "d.jsonl:1: column 'label' is empty"),
+        ("classification", {"text": "x", "label": ["a", ""]}, "holds an empty label"),
+        ("regression", {"text": "x", "label": ""}, "column 'label' is empty"),
+        ("translation", {"source": "a", "target": []}, "'target' is an empty list"),
+        ("translation", {"source": ["a"], "target": "b"}, "'source' should be text"),
+        ("token_classification", {"text": "ab"}, "no column 'spans'.*has 'text'"),
+        ("token_classification", {"text": "ab", "tags": ["O"]}, "no column 'spans'"),
+        ("token_classification", {"tokens": ["a"], "ner_tags": ["O"]},
+         "no column 'tags'.*'tokens', 'ner_tags'.*{tags: ner_tags}"),
+        ("token_classification", {"tokens": ["a"], "spans": []}, "no column 'tags'"),
         ("regression", {"text": "x", "label": "many"}, "should be a number, got 'many'"),
         ("regression", {"text": "x", "label": 10**400}, "should be a number"),
         ("choice", {"question": "q", "choices": ["1", "2"], "answer": "1"}, "names more than one"),
@@ -70,6 +84,16 @@ def test_records(tmp_path, task, row, want):
 def test_bad_records(tmp_path, task, row, words):
     with pytest.raises(UserError, match=words):
         one(tmp_path, row, format=task)
+
+
+def test_answers_may_be_missing_where_none_are_wanted(tmp_path):
+    for task, row in (
+        ("classification", {"text": "x", "label": ""}),
+        ("token_classification", {"text": "x"}),
+        ("token_classification", {"tokens": ["x"]}),
+    ):
+        [e] = formats.read(Source(path=str(jsonl(tmp_path, row)), format=task), answers=False)
+        assert e.row == {k: v for k, v in row.items() if v}
 
 
 def test_translation_pairs(tmp_path):
