@@ -152,8 +152,9 @@ def write(
         **own[kind],
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    bare = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
-    files.write(folder / WEIGHTS, {_PREFIX + n: t for n, t in heads.renamed(bare, task, family).items()})
+    bare = {n.removeprefix(_PREFIX): t for n, t in tensors.items() if n.startswith(_PREFIX)}
+    shared = {n: t for n, t in tensors.items() if not n.startswith(_PREFIX)}
+    files.write(folder / WEIGHTS, shared | {_PREFIX + n: t for n, t in heads.renamed(bare, task, family).items()})
 
 
 def _targets(modules: list[str], names: Sequence[str]) -> list[str]:
