@@ -71,6 +71,8 @@ class Best:
     def restored(self, like: Any) -> Any:
         """The best weights, of the form of `like`; None where none are kept."""
         if self._checkpoints is None or (newest := self._checkpoints.newest) is None:
+            if self.c.best:
+                log.warn("no weights of an evaluation are kept: the last ones are exported")
             return None
         log.say(f"the best {self.c.metric} was at step {newest}: its weights are exported")
         return self._checkpoints.restore(newest, {"trainable": like})[0]["trainable"]

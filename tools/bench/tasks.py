@@ -99,7 +99,8 @@ def measure(name: str, e: Entry, model: Path, data: Path, out: Path) -> str:
     given = {
         "model": str(model), "output": str(folder),
         "data.train": [{"path": str((data / e.data / f"train{e.suffix}").absolute()), "max_samples": e.train}],
-        "data.validation": str(held), "data.max_length": e.length, "objective": e.objective, "tuning.method": "full",
+        "data.validation": str(held), "data.max_length": e.length, "data.packing": True,
+        "objective": e.objective, "tuning.method": "full",
         "train.epochs": e.epochs, "train.batch_size": 16, "train.compute_dtype": "float32", "train.remat": "none",
         "train.log_every": 50, "optim.learning_rate": e.rate, "evaluate.every": 10**6, "checkpoint.every": 10**6,
         "data.format": "classification" if "classification" in (e.objective, e.task) else "auto", **e.settings,
