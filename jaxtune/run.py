@@ -273,6 +273,10 @@ def _card(job: Job, target: Path) -> str:
         scores = "\n".join(["| validation | before | after |", "|---|---|---|", *rows]) + "\n\n"
     sources = "\n".join(f"- `{Path(s.path).name}`" for s in data_with_demo(c.data).sources)
     versions = ", ".join(f"{k} {v}" for k, v in job.about["versions"].items())
+    use = f"jaxtune chat {target}"
+    if (head := job.blueprint.decoder.task) is not None:
+        labels = f", labels {', '.join(head.labels[:20])}{' …' if len(head.labels) > 20 else ''}"
+        use = f"jaxtune predict {target} rows.jsonl --out answers.jsonl   # a head for {head.kind}{labels}"
     library = "peft" if isinstance(c.tuning, config.Adapter) else "transformers"
     return (
         f"---\nbase_model: {c.model}\nlibrary_name: {library}\n"
@@ -282,5 +286,5 @@ def _card(job: Job, target: Path) -> str:
         f"digest `{job.data.train.digest()}`.\n\n"
         f"## Training\n\n{job.steps} steps of {c.train.batch_size} rows of {job.data.train.length} tokens on "
         f"{job.mesh.size} × {job.mesh.devices.flat[0].device_kind}; {versions}. All settings are in `{CONFIG}`.\n\n"
-        f"## Use\n\n```\njaxtune chat {target}\n```\n"
+        f"## Use\n\n```\n{use}\n```\n"
     )
