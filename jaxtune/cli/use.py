@@ -48,6 +48,7 @@ def evaluate(
     from jaxtune import job, tasks, tuned
     from jaxtune.cli import scores as measure
     from jaxtune.data import pipeline
+    from jaxtune.data.heads import READS
 
     data, keys = measure.data_and_keys(arguments or [], data_file, lm_eval is not None)
     if lm_eval is not None:
@@ -56,10 +57,12 @@ def evaluate(
         return measure.by_lm_eval(
             model, lm_eval.split(","), include_path, batch_size, max_samples, chat_template, folder
         )
+    trained = measure.trained_as(target)
+    if trained is not None and task in (trained.objective, READS.get(trained.objective)):
+        task = None  # its head is scored without being asked
     if task is not None:
         asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language)
         return measure.by_task(target, adapter, dtype_of(dtype), asked, measure.folder_of(target, out))
-    trained = measure.trained_as(target)
     if objective is not None:
         one_of("--objective", objective, ["sft", "pretrain"])
     objective = objective or (trained.objective if trained else "sft")
