@@ -86,7 +86,7 @@ ENTRIES = {
         train=1500,
     ),
     "glaive dialogues": Entry(
-        "glaive_toolcall_en_demo", "sft", "dialogue", {"data.template": "roles"}, length=448, rows=10
+        "glaive_toolcall_en_demo", "sft", "dialogue", {"data.template": "chatml"}, length=448, rows=10
     ),
     "gsm8k": Entry("gsm8k", "sft", "maths", {"data.format": "maths"}, epochs=1, length=384, rows=60, train=2000),
 }
