@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtune import log, sharding
 from jaxtune.errors import UserError
-from jaxtune.hf import files, layout, load
+from jaxtune.hf import files, layout, load, tokenizer
 from jaxtune.hf.adapters import Adapter
 from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
@@ -324,7 +324,8 @@ def write_config(folder: Path, hf: Mapping[str, Any], decoder: DecoderConfig, dt
     changed |= heads.to_hf(decoder.task, hf, decoder.family)
     if decoder.task is not None and hf.get("pad_token_id") is None:  # by which transformers finds the last token
         end = hf.get("eos_token_id")
-        changed["pad_token_id"] = end[0] if isinstance(end, list) else end
+        own = tokenizer.pad_id(folder)  # as users will pad
+        changed["pad_token_id"] = own if own is not None else end[0] if isinstance(end, list) else end
     if not (folder / "config.json").exists() or any(hf.get(k) != v for k, v in changed.items()):
         (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 

@@ -243,12 +243,12 @@ def write_export(
                 soft_prompts.write(folder, prompt, base, b.decoder)
             else:
                 adapters.write(folder, nodes, names, base, b.decoder.family, brings, dropout, rslora, b.decoder.task)
-            if heads.to_hf(b.decoder.task, hf := blueprint.read_config(b.folder), b.decoder.family):  # another head
-                blueprint.write_config(folder, hf, b.decoder)
             words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
             files.copy_files(b.folder, folder, words)
             if isinstance(t, config.Lora) and t.adapter is not None:
                 files.copy_files(Path(t.adapter), folder, words)
+            if heads.to_hf(b.decoder.task, hf := blueprint.read_config(b.folder), b.decoder.family):  # another head
+                blueprint.write_config(folder, hf, b.decoder)
         else:
             files.copy_files(b.folder, folder, files.SIDE_FILES)
             files.write_folder(folder, blueprint.full_tensors(b, weights))

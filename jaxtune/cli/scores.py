@@ -146,7 +146,10 @@ def _has_columns(data: "Data") -> bool:
     from jaxtune.data.examples import RECORDS
 
     source = registry.resolve(data)[0][0]
-    row = formats.renamed(next(iter(reading.Rows(source)))[1], source.columns)
+    first = next(reading.Rows(source, data.bad_rows), None)
+    if first is None:  # reading says what is wrong
+        return True
+    row = formats.renamed(first[1], source.columns)
     needed = RECORDS[source.format].needed if source.format in RECORDS else ()
     return "data" in row or "translation" in row or all(row.get(c) is not None for c in needed)
 

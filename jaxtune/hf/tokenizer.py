@@ -75,6 +75,11 @@ def eos_ids(folder: Path, tokenizer: Any) -> list[int]:
     return sorted(set(ids))
 
 
+def pad_id(folder: Path) -> int | None:
+    """The id of the padding token of a folder's tokenizer, None where it has none."""
+    return load(folder).pad_token_id if any((folder / f).exists() for f in FILES) else None
+
+
 def add(tokenizer: Any, tokens: Sequence[str], special: Sequence[str]) -> None:
     """Add tokens that are not there yet."""
     if tokens:

@@ -1,5 +1,6 @@
 """Heads against transformers and peft: trained here, opened there, equal outputs; and opened here again."""
 
+import dataclasses
 import json
 
 import jax
@@ -102,6 +103,24 @@ def test_adapters_bring_their_head_to_peft(tiny, tmp_path, objective):
     convert.write_model(str(folder), whole)
     merged = getattr(transformers, AUTO[objective]).from_pretrained(whole)
     np.testing.assert_allclose(theirs(merged, ids, objective), theirs(model, ids, objective), atol=1e-4)
+
+
+@pytest.mark.parametrize(("pad", "wanted"), [("<unk>", 0), (None, 2)])
+def test_the_config_pads_as_the_tokenizer_does(tiny, tmp_path, pad, wanted):
+    """Where the config of the base names no padding: transformers looks for the last token that is none."""
+    import shutil
+
+    from jaxtune import blueprint
+    from jaxtune.models import families
+    from jaxtune.models.heads import TaskHead
+
+    shutil.copytree(tiny, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | ({"pad_token": pad} if pad else {})))
+    hf = blueprint.read_config(tmp_path / "m")
+    decoder = dataclasses.replace(families.from_hf(hf), task=TaskHead("classification", ("a", "b")), tied=False)
+    blueprint.write_config(tmp_path / "m", hf, decoder)
+    assert blueprint.read_config(tmp_path / "m")["pad_token_id"] == wanted
 
 
 def test_a_head_is_gone_on_from_and_left(tiny, tmp_path):
