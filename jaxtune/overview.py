@@ -82,10 +82,13 @@ def check_disk(job: Job) -> tuple[int, int]:
     c, b = job.config, job.blueprint
     saved = held(job.state.saved())
     whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
-    need = saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Adapter) else whole)
+    best = 2 * held(job.state.trainable) if c.evaluate.best else 0  # the old ones go when the new are there
+    need = best + saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Adapter) else whole)
     out = Path(c.output).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
-    free += sum(f.stat().st_size for part in ("checkpoints", "export") for f in (out / part).rglob("*") if f.is_file())
+    free += sum(
+        f.stat().st_size for part in ("checkpoints", "best", "export") for f in (out / part).rglob("*") if f.is_file()
+    )
     if need > free:
         raise UserError(
             f"{out}: {c.checkpoint.keep + 1} checkpoints and the export need {log.size(need)}, {log.size(free)} are "

@@ -1,6 +1,6 @@
 """What a row of a data file becomes, whatever format it came in. Each value knows where it stood (`file:line`)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -107,3 +107,26 @@ RECORDS: Mapping[str, Columns] = {
     # choices: [str].  answer: int, which of them is right
     "choice": Columns(("question", "choices"), ("answer",)),
 }
+
+
+def strings(value: Any) -> Iterator[str]:
+    """The texts of an example, or of a value in one.
+
+    >>> list(strings(Record({"text": "Hi", "label": ["a"]}, "classification", "f:1")))
+    ['Hi', 'a']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Record):
+        yield from strings(list(value.row.values()))
+    elif isinstance(value, Conversation):
+        yield from (m.content for m in value.messages)
+    elif isinstance(value, Document):
+        yield value.text
+    elif isinstance(value, Segments):
+        yield from (text for text, _ in value.parts)
+    elif isinstance(value, Mapping):
+        yield from strings(list(value.values()))
+    elif isinstance(value, list):
+        for x in value:
+            yield from strings(x)

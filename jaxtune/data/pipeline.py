@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtune.config import Data, Source
 from jaxtune.data import encode, formats, heads, reading, registry, templates, token_cache, workers
 from jaxtune.data.batches import Batch, Batches, Rows, told
 from jaxtune.data.encode import Encoded, Encoding, Settings
-from jaxtune.data.examples import AsConversation, Conversation, Example, Record
+from jaxtune.data.examples import AsConversation, Conversation, Example, Record, strings
 from jaxtune.data.mixing import mixed
 from jaxtune.data.packing import buckets, pack
 from jaxtune.data.streaming import Stream
@@ -257,7 +258,7 @@ def to_rows(examples: Sequence[Example], encoded: Encoder, data: Data, name: str
         outcomes[outcome] += 1
         kept += pieces
         origins += [example.origin] * len(pieces)
-    remarks += told(outcomes, data, name)
+    remarks += told(outcomes, data, name) + lost(examples, encoded.tokenizer, name)
     if not kept:
         raise UserError(f"{name}: no example has a token to train on within data.max_length={T}; raise it")
     lengths = [len(e.ids) for e in kept]
@@ -265,6 +266,21 @@ def to_rows(examples: Sequence[Example], encoded: Encoder, data: Data, name: str
         return Rows(kept, origins, pack(lengths, T), T)
     widths = buckets(lengths, T)
     return Rows(kept, origins, [[i] for i in range(len(kept))], widths[-1], widths)
+
+
+def lost(examples: Sequence[Example], tokenizer: Any, name: str, first: int = 100) -> list[str]:
+    """A remark where the tokenizer drops characters of the first examples: a model cannot learn what it never sees."""
+    texts = ["".join(strings(e)) for e in examples[:first]]
+    wanted, there = (
+        Counter(unicodedata.normalize("NFKC", "".join(t)).casefold())
+        for t in (texts, [tokenizer.decode(tokenizer(t).input_ids, skip_special_tokens=True) for t in texts])
+    )
+    gone = Counter({c: n for c, n in (wanted - there).items() if c.isalnum()})
+    share = gone.total() / max(1, sum(n for c, n in wanted.items() if c.isalnum()))
+    if share < 0.01:
+        return []
+    shown = " ".join(c for c, _ in gone.most_common(5))
+    return [f"{name}: the tokenizer loses {100 * share:.0f} % of the letters of the first examples, such as {shown}"]
 
 
 def _encodings(

@@ -5,6 +5,7 @@ import pytest
 
 from jaxtune.config import Data
 from jaxtune.data import pipeline
+from jaxtune.data.examples import Document
 from jaxtune.errors import UserError
 from jaxtune.hf import tokenizer
 from tests.tiny import write_jsonl
@@ -135,3 +136,19 @@ def test_a_digest_tells_data_apart(tmp_path, words):
     assert a == prepare(tmp_path, words, [{"text": "fox"}]).train.digest()
     assert a != prepare(tmp_path, words, [{"text": "fax"}]).train.digest()
     assert a != prepare(tmp_path, words, [{"text": "fox"}], max_length=64).train.digest()
+
+
+def test_a_tokenizer_that_loses_letters_is_told(tmp_path, words):
+    p = prepare(tmp_path, words, [{"prompt": "the fox", "completion": "eats"}])
+    assert not any("loses" in r for r in p.remarks)
+
+    class Deaf:
+        """Hears no vowel."""
+
+        def __call__(self, text):
+            return words("".join(c for c in text if c not in "aeiou"))
+
+        decode = staticmethod(words.decode)
+
+    [remark] = pipeline.lost([Document("the fox eats", "f:1")], Deaf(), "train")
+    assert "loses 40 % of the letters of the first examples, such as e o a" in remark
