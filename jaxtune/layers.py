@@ -3,15 +3,15 @@
 `Linear("btd,dnh->btnh", "embed -> heads head", dims)` says a weight's shape, its logical axes for sharding, its fan-in,
 how adapters factor it and how Hugging Face stores it: all are derived from the `Weight` that it leaves in the tree.
 
-Dimensions: B batch, T time of the queries, S time of the keys, D embed, N query heads, K key/value heads,
-G query heads per key/value head, H head dim, R rotated part of a head, L layers, V vocab.
+Dimensions: B batch, T time, D embed, N query heads, K key/value heads, H head dim, R rotated part of a head, L layers,
+V vocab.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -20,7 +20,8 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxtune.weights import Array, einsum, is_node, precision, take
+from jaxtune.attention import NEVER
+from jaxtune.weights import Array, einsum, is_node, platform, take
 
 BATCH_AXES = ("data", "fsdp", "expert")  # mesh axes over which a batch is split
 REMAT_POLICIES: Mapping[str, Any] = {
@@ -30,8 +31,6 @@ REMAT_POLICIES: Mapping[str, Any] = {
 }
 _GROUP = re.compile(r"^layers_(\d+)-(\d+)/")
 _UNROLL = 8  # layers that a loop on CPU takes at once: XLA there copies what a loop carries
-PREFIX = -1  # the segment of what stands before every segment
-_NEVER = -1e30  # a masked score; finite, so that a row without any key gives no NaN
 
 
 class Weight(nn.LogicallyPartitioned):
@@ -157,7 +156,7 @@ class Readout:
         if self.softcap:
             logits_BTV = jnp.tanh(logits_BTV / self.softcap) * self.softcap
         if self.vocab and self.vocab < logits_BTV.shape[-1]:
-            logits_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < self.vocab, logits_BTV, _NEVER)
+            logits_BTV = jnp.where(jnp.arange(logits_BTV.shape[-1]) < self.vocab, logits_BTV, NEVER)
         return logits_BTV
 
 
@@ -301,124 +300,6 @@ def rotate(x_BTNH: Array, cos_BT1R: Array, sin_BT1R: Array) -> Array:
     return jnp.concatenate([t.astype(x_BTNH.dtype) for t in turned] + rest, -1)
 
 
-# --- attention ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """How the scores of attention are made and which of them count."""
-
-    scale: float | None = None  # 1/√H where None
-    softcap: float = 0.0  # scores stay within ± this (Gemma 2); 0 is no bound
-
-    def __call__(self, q_BKqH: Array, k_BKSH: Array) -> Array:
-        """Scores in float32, `[B, K, q, S]`, of queries that are scaled already."""
-        score_BKqS = _batched(q_BKqH, k_BKSH, 3)
-        return jnp.tanh(score_BKqS / self.softcap) * self.softcap if self.softcap else score_BKqS
-
-    def by_head(self, q_BTNH: Array, kv_heads: int) -> Array:
-        """Scaled queries by the key heads that they share, `[B, K, G, T, H]`."""
-        B, T, N, H = q_BTNH.shape
-        scaled = q_BTNH * (H**-0.5 if self.scale is None else self.scale)
-        return scaled.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
-
-
-def attend(
-    q_BTNH: Array,
-    k_BTKH: Array,
-    v_BTKH: Array,
-    segment_BT: Array,
-    scores: Scores = Scores(),
-    window: Array | int = 0,
-    blocks: int = 8,
-) -> Array:
-    """Causal grouped-query attention within segments, `[B, T, N, H]`.
-
-    Queries go in at most `blocks` blocks, each over the keys that it can see, so nearly half of the scores are never
-    made. Scores and the softmax are float32. Segment 0 is padding. A query sees `window` keys, its own included; 0 is
-    all.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    q_BKGTH = scores.by_head(q_BTNH, K)
-    k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
-    fixed = window if isinstance(window, int) else 0
-    size = max(64, -(-T // blocks))
-    out = []
-    for i in range(0, T, size):
-        j = min(i + size, T)
-        first = max(0, i - fixed + 1) if fixed else 0
-        behind_ts = jnp.arange(i, j)[:, None] - jnp.arange(first, j)
-        seen_ts = behind_ts >= 0
-        if not isinstance(window, int) or window:
-            seen_ts &= behind_ts < window
-        same_Bts = segment_BT[:, i:j, None] == segment_BT[:, None, first:j]
-        score_BKgs = scores(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKTH[:, :, first:j])
-        score_BKGts = score_BKgs.reshape(B, K, -1, j - i, j - first)
-        p_BKGts = jax.nn.softmax(jnp.where((seen_ts & same_Bts)[:, None, None], score_BKGts, _NEVER), -1)
-        p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, j - first)
-        out.append(_batched(p_BKgs, v_BKTH[:, :, first:j], 2).reshape(B, K, -1, j - i, H))
-    o_BKGTH = jnp.concatenate(out, 3) if len(out) > 1 else out[0]
-    return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-class Past(NamedTuple):
-    """Keys and values that were read before, in places of which some may be empty (their segment is 0).
-
-    Those of a prefix, in the first places, are seen from every segment: theirs is `PREFIX`.
-    """
-
-    k_BKSH: Array
-    v_BKSH: Array
-    segment_BS: Array
-    length: Array  # the place at which what is new begins
-    position_BT: Array  # of what is new
-
-
-def attend_past(
-    q_BTNH: Array,
-    k_BKTH: Array,
-    v_BKTH: Array,
-    segment_BT: Array,
-    past: Past,
-    scores: Scores = Scores(),
-    window: Array | int = 0,
-) -> Array:
-    """As `attend`, over the past and then what is new; the past is read where it lies, not copied."""
-    B, T, N, H = q_BTNH.shape
-    K, S = past.k_BKSH.shape[1:3]
-    q_BKgH = scores.by_head(q_BTNH, K).reshape(B, K, -1, H)
-    score_BKgs = jnp.concatenate([scores(q_BKgH, past.k_BKSH), scores(q_BKgH, k_BKTH)], -1)
-    place_s = jnp.concatenate([jnp.arange(S), past.length + jnp.arange(T)])
-    behind_ts = past.length + jnp.arange(T)[:, None] - place_s
-    segment_B1s = jnp.concatenate([past.segment_BS, segment_BT], 1)[:, None]
-    token_BT1, prefix_B1s = segment_BT[:, :, None], segment_B1s == PREFIX
-    seen_Bts = (behind_ts >= 0) & ((token_BT1 == segment_B1s) | (prefix_B1s & (token_BT1 > 0)))
-    if not isinstance(window, int) or window:  # of a prefix the place is the position
-        seen_Bts &= jnp.where(prefix_B1s, past.position_BT[:, :, None] - place_s, behind_ts) < window
-    score_BKGts = score_BKgs.reshape(B, K, -1, T, S + T)
-    p_BKGts = jax.nn.softmax(jnp.where(seen_Bts[:, None, None], score_BKGts, _NEVER), -1)
-    p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, S + T)
-    o_BKgH = _batched(p_BKgs[..., :S], past.v_BKSH, 2) + _batched(p_BKgs[..., S:], v_BKTH, 2)
-    return o_BKgH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def after(x: Array, read: Array) -> Array:
-    """`x`, once `read` is there (a NaN in its first place goes along).
-
-    XLA updates an array in place only where all that reads it provably comes before. Without this it copies the whole
-    KV cache twice for each token, on CPU a quarter of the time; an optimization barrier is gone before it decides.
-    """
-    return jnp.where(jnp.isnan(read.reshape(-1)[0]), jnp.nan, x)
-
-
-def _batched(x: Array, y: Array, contract: int) -> Array:
-    """Matrix products over batch and heads, each sharded in its own way; contracts axis `contract` of `y`."""
-    dims = (((3,), (contract,)), ((0, 1), (0, 1)))
-    wide = jnp.float32 if contract == 3 else None  # scores
-    return jax.lax.dot_general(x, y, dims, precision=precision(x.dtype), preferred_element_type=wide)
-
-
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +348,7 @@ def stack(block: type[nn.Module], groups: Sequence[int], remat: str, *args: Any)
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=count,
-            unroll=min(count, _UNROLL) if jax.default_backend() == "cpu" else 1,
+            unroll=min(count, _UNROLL) if platform() == "cpu" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         name = group_name(first, count)

@@ -13,7 +13,7 @@ from jaxtune.errors import UserError
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
 from jaxtune.weights import owner, path_name
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
     "embed": "fsdp",
     "heads": "tensor",
@@ -34,13 +34,13 @@ RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes data, fsdp, expert and tensor over all devices.
+    """A mesh with all axes over all devices.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.expert, config.tensor]
+    sizes = [config.sizes[a] for a in AXES]
     n, known = len(devices), int(np.prod([s for s in sizes if s > 0]))
     if -1 in sizes and n % known == 0:
         sizes[sizes.index(-1)] = n // known

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, run, sharding, tasks
+from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, sharding, tasks
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return config.load(self.folder / run.CONFIG)
+        return config.load(self.folder / job.CONFIG)
 
     @functools.cached_property
     def model(self) -> "Tuned":
@@ -150,7 +150,7 @@ def open_model(
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
         opened = _ready(open_weights(target, adapter, dtype, on), on)
-    if (file := Path(target) / run.CONFIG).exists():
+    if (file := Path(target) / job.CONFIG).exists():
         data = config.load(file).data
         return dataclasses.replace(opened, thinking=data.thinking, system=data.system)
     return opened
@@ -198,7 +198,7 @@ def names(folders: Sequence[str]) -> list[str]:
       UserError: two are the same.
     """
     paths = [Path(f).absolute() for f in folders]
-    parts = [(p.parent if p.name == run.EXPORT else p).parts for p in paths]
+    parts = [(p.parent if p.name == job.EXPORT else p).parts for p in paths]
     for n in range(1, max(map(len, parts), default=0) + 1):
         short = ["/".join(p[-n:]) for p in parts]
         if len({*short, NONE}) > len(short):
@@ -245,9 +245,9 @@ def open_weights(
     Without `base`, weights that were not trained stay abstract, see `materialise`.
     """
     folder = Path(target)
-    if adapter is None and (folder / run.CONFIG).exists():
-        if (folder / run.EXPORT).exists():
-            return open_weights(str(folder / run.EXPORT), None, dtype, mesh, base)
+    if adapter is None and (folder / job.CONFIG).exists():
+        if (folder / job.EXPORT).exists():
+            return open_weights(str(folder / job.EXPORT), None, dtype, mesh, base)
         return _from_checkpoint(folder, dtype, base)
     if adapter is None and (folder / adapters.CONFIG).exists():
         adapter = target
@@ -286,10 +286,10 @@ def draw(
 
 def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
     """The newest checkpoint of a run that has no export yet; the run may be going on."""
-    c = config.load(folder / run.CONFIG)
+    c = config.load(folder / job.CONFIG)
     if dtype is not None:
         c = c.model_copy(update={"train": c.train.model_copy(update={"compute_dtype": dtype, "remat": "none"})})
-    checkpoints = Checkpoints(folder / run.CHECKPOINTS, read_only=True)
+    checkpoints = Checkpoints(folder / job.CHECKPOINTS, read_only=True)
     if (newest := checkpoints.newest) is None:
         raise UserError(
             f"{folder}: the run has neither an export nor a checkpoint yet; `jaxtune train` goes on with it"

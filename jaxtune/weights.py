@@ -89,9 +89,21 @@ def apply(w: Any, eqn: str, x: Array) -> Array:
     """The product of input and weight; a node registers its own."""
     w, e = w.astype(x.dtype), parts(eqn)
     in_order = e.x == e.batch + e.into and e.out == e.batch + e.outof and e.w in (e.into + e.outof, e.outof + e.into)
-    if in_order and jax.default_backend() == "cpu":
+    if in_order and platform() == "cpu":
         return _flat_matmul(w, e, x)
     return jnp.einsum(eqn, x, w, precision=precision(x.dtype))
+
+
+def platform() -> str:
+    """What is compiled for, "cpu", "gpu" or "tpu": the platform of the mesh that is set, else of the default back end.
+
+    They differ where a step is planned for another machine.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if (kind := getattr(device, "device_kind", None)) is None:
+        return jax.default_backend()
+    named = {"cuda": "gpu", "rocm": "gpu"}.get(found := getattr(device, "platform", ""), found)
+    return named or ("tpu" if kind.startswith("TPU") else "cpu" if kind == "cpu" else "gpu")
 
 
 def precision(dtype: Any) -> jax.lax.Precision:

@@ -41,7 +41,7 @@ def _file(folder, text):
         ("data: {train: [{path: a.jsonl, frmat: x}]}", "unknown key data.train.0.frmat; did you mean 'format'?"),
         ("train: {steps: 0}", "train.steps: input should be greater than 0"),
         ("train: {batch_size: 6, accumulation: 4}", "batch_size 6 is not a multiple of train.accumulation 4"),
-        ("mesh: {data: -1}", "only one axis can be -1"),
+        ("mesh: {data: -1, fsdp: -1}", "only one axis can be -1"),
         ("a: 1\na: 2", "line 2: key 'a' stands twice"),
         ("- 1", "a mapping of keys was expected, this is a list"),
         ("a: [", "not YAML"),

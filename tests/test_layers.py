@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.layers import Rope, attend, rope_tables, rotate
+from jaxtune.attention import attend
+from jaxtune.layers import Rope, rope_tables, rotate
 
 
 def naive(q, k, v, seg):

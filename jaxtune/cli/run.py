@@ -30,7 +30,7 @@ def validate(arguments: Pairs = None) -> None:
 
     c = read_config(arguments)
     jax.config.update("jax_platforms", "cpu")
-    if (devices := math.prod(n for n in (c.mesh.data, c.mesh.fsdp, c.mesh.expert, c.mesh.tensor) if n > 0)) > 1:
+    if (devices := math.prod(n for n in c.mesh.sizes.values() if n > 0)) > 1:
         jax.config.update("jax_num_cpu_devices", devices)  # the mesh is that of another machine
     log.table(overview.validate(c))
     log.say("valid")

@@ -45,9 +45,9 @@ def data_and_keys(arguments: Sequence[str], given: str | None, none_needed: bool
 
 def folder_of(target: str, out: Path | None) -> Path | None:
     """Where scores go: a folder that was given, or the run folder; nowhere for other models."""
-    from jaxtune import run
+    from jaxtune import job
 
-    return out if out is not None else Path(target) if (Path(target) / run.CONFIG).exists() else None
+    return out if out is not None else Path(target) if (Path(target) / job.CONFIG).exists() else None
 
 
 def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Path | None) -> None:
@@ -156,9 +156,9 @@ def _has_columns(data: "Data") -> bool:
 
 def trained_as(target: str) -> "Config | None":
     """The config of a run folder, None of other models."""
-    from jaxtune import run
+    from jaxtune import job
 
-    return config.load(file) if (file := Path(target) / run.CONFIG).exists() else None
+    return config.load(file) if (file := Path(target) / job.CONFIG).exists() else None
 
 
 def _with_loss(model: "Tuned", data: "Data", a: Asking, result: Any) -> Any:

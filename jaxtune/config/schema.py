@@ -154,6 +154,8 @@ class Optim(Strict):
     """AdamW's epsilon."""
     groups: list[Group] = []
     """Parameters with a learning rate or decay of their own; the first that matches holds."""
+    offload: bool = False
+    """Keep the optimiser's state in the host's memory between updates."""
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Each layer's learning rate over that of the layer above; the embeddings' is below the first layer's."""
 
@@ -171,8 +173,23 @@ class Train(Strict):
     """Micro-batches that a step is made of; the result does not depend on it."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Activations and frozen weights."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass computes again: nothing, all but matrix products, or each layer whole."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass computes again: nothing, all but matrix products, or each layer whole; "offload" is the
+    last with the layers' inputs kept in the host's memory."""
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """The kernel of attention: what is fastest where it runs, or the one named. splash is for TPUs, cudnn for GPUs."""
+    matmuls: Literal["same", "int8", "fp8"] = "same"
+    """Matrix products with the layers' weights: in the compute dtype, or rounded to 8 bits, which newer chips multiply
+    twice as fast (needs the extra [quant])."""
+    reduce_dtype: Literal["float32", "bfloat16"] | None = None
+    """In what gradients are added up over devices; where not given, as they are computed."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is not finite: end the run, leave the step's update out, or go on from the last
+    checkpoint without its rows."""
+    spike: float | None = Field(6.0, gt=0)
+    """Warn of a loss so many standard deviations above its running mean; null does not."""
+    profile: str | None = Field(None, pattern=r"^\d+:\d+$")
+    """Write a trace of these steps, such as 10:13, for xprof into the run folder's `profile/`."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of adapters, dropout, the shuffle and the split."""
     log_every: int = Field(10, ge=1)
@@ -234,21 +251,56 @@ class Checkpoint(Strict):
     """"auto" goes on from the newest checkpoint of the output folder; "never" wants a new folder."""
 
 
-class Mesh(Strict):
-    """How many devices split what; one axis may be -1 and takes all that are left."""
+STRATEGIES: dict[str, dict[str, int]] = {  # sizes of mesh axes that are not given; the others are 1
+    "fsdp": {"fsdp": -1},
+    "fsdp_tensor": {"fsdp": -1, "tensor": 2},
+    "context": {"context": -1},
+    "expert": {"expert": -1},
+    "stage": {"fsdp": -1, "stage": 2},
+    "replicated": {"data": -1},
+}
 
-    data: int = 1
+
+class Mesh(Strict):
+    """How many devices split what. One axis may be -1 and takes all that are left; axes that are not given are as the
+    strategy says."""
+
+    strategy: Literal["fsdp", "fsdp_tensor", "context", "expert", "stage", "replicated"] = "fsdp"
+    """What takes the devices: "fsdp" splits the batch and the weights; "fsdp_tensor" also heads and MLP in two;
+    "context" splits rows along their length, and the weights; "expert" splits the experts of a mixture; "stage" splits
+    layers in two and the rest as fsdp; "replicated" copies the weights and splits the batch."""
+    data: int | None = None
     """Split the batch; weights are copied."""
-    fsdp: int = -1
+    fsdp: int | None = None
     """Split the batch and the weights."""
-    expert: int = 1
+    expert: int | None = None
     """Split the batch, and the experts of a mixture."""
-    tensor: int = 1
+    context: int | None = None
+    """Split rows along their length, for long ones, and the weights."""
+    tensor: int | None = None
     """Split heads, MLP and vocabulary."""
+    stage: int | None = None
+    """Split the layers into stages of a pipeline."""
+    slices: int | None = Field(None, ge=1)
+    """TPU slices that the data-centre network joins; where not given, as many as there are."""
+    over_slices: Literal["data", "fsdp", "stage"] = "data"
+    """The axis that goes over slices."""
+    rules: dict[str, str | list[str] | None] = {}
+    """Mesh axes that a weight's dimension is split over, where they are not to be the strategy's: {vocab: fsdp, mlp:
+    [tensor, fsdp], embed: null}."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Each axis with its size, of which one may be -1."""
+        given = {a: getattr(self, a) for a in ("data", "fsdp", "expert", "context", "tensor", "stage")}
+        usual = STRATEGIES[self.strategy]
+        if -1 in given.values():  # takes what the strategy's axis would
+            usual = {a: n for a, n in usual.items() if n != -1}
+        return {a: usual.get(a, 1) if n is None else n for a, n in given.items()}
 
     @model_validator(mode="after")
-    def _sizes(self) -> "Mesh":
-        sizes = self.data, self.fsdp, self.expert, self.tensor
+    def _check(self) -> "Mesh":
+        sizes = list(self.sizes.values())
         if any(n == 0 or n < -1 for n in sizes):
             raise ValueError("each axis is a positive number of devices, or -1 for all that are left")
         if sizes.count(-1) > 1:

@@ -15,20 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxtune.attention import PREFIX, Past, Scores, after, attend, attend_past
 from jaxtune.layers import (
-    PREFIX,
     Embed,
     Head,
     Linear,
     Outputs,
-    Past,
     Readout,
     RMSNorm,
     Rope,
-    Scores,
-    after,
-    attend,
-    attend_past,
     constrain,
     group_name,
     rope_tables,

@@ -1,0 +1,1 @@
+"""What a run will need and take, before it runs: the very step compiled for the machine that is named."""
