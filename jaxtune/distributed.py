@@ -42,8 +42,8 @@ _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 def initialize() -> None:
     """Join the other processes, before any other use of JAX; nothing where there are none.
 
-    They are told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX on a TPU slice, under
-    SLURM and under Open MPI.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are; on a TPU slice, under SLURM and
+    under Open MPI JAX finds them.
 
     Raises:
       UserError: the variables are incomplete, or the others cannot be reached.
@@ -212,7 +212,7 @@ def differing(first: Any, other: Any, name: str = "") -> list[str]:
 class Watch:
     """Ends this process with code 75, and says which host is to blame, when another is lost, hung or has failed.
 
-    Every process writes its sign of life: a beat, and the number of steps that it has begun. A process whose beat stands
+    Every process writes signs of life: a beat, and the number of steps that it has begun. A process whose beat stands
     still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung.
     """
 

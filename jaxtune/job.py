@@ -339,6 +339,13 @@ def putter(
     return put
 
 
+def own_rows(job: Job) -> frozenset[int] | None:
+    """The places of a training batch that this process lays out; None where it is alone."""
+    if distributed.count() == 1:
+        return None
+    return sharding.own_rows(job.mesh, job.config.train.accumulation, job.config.train.batch_size, distributed.index())
+
+
 class Steps:
     """The very step that trains, compiled once for each length of rows that there is."""
 
@@ -362,9 +369,7 @@ def compile_step(job: Job, length: int | None = None) -> Any:
     rows += -rows % sharding.batch_shards(job.mesh)
     lead = (c.train.accumulation, rows)
     batch = {
-        name: jax.ShapeDtypeStruct(
-            (*lead, *x.shape), x.dtype, sharding=sharding.batch_sharding(job.mesh, 1, name)
-        )
+        name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding.batch_sharding(job.mesh, 1, name))
         for name, x in job.data.train.empty_row(length or job.data.train.length).items()
     }
     if distributed.count() > 1:

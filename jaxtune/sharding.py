@@ -118,15 +118,13 @@ def check_length(mesh: jax.sharding.Mesh, length: int) -> None:
         )
 
 
-def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int) -> frozenset[int] | None:
-    """The rows of a batch, in `micro` micro-batches and filled up, that this process's devices hold; None for all."""
-    if len({d.process_index for d in mesh.devices.flat}) == 1:
-        return None
+def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int, process: int) -> frozenset[int]:
+    """The rows of a batch, in `micro` micro-batches and filled up, that the devices of a process hold."""
     B = rows // micro
     filled = B + -B % batch_shards(mesh)
-    held = batch_sharding(mesh).addressable_devices_indices_map((filled,)).values()
-    numbers = {b for (s,) in held if s is not None for b in range(*s.indices(filled)) if b < B}
-    return frozenset(a * B + b for a in range(micro) for b in numbers)
+    where = batch_sharding(mesh).devices_indices_map((filled,))
+    held = {b for d, (s,) in where.items() if d.process_index == process for b in range(*s.indices(filled)) if b < B}
+    return frozenset(a * B + b for a in range(micro) for b in held)
 
 
 # --- weights and state ------------------------------------------------------------------------------------------------
@@ -138,7 +136,9 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def spec(
-    w: Weight, mesh: jax.sharding.Mesh, whole: Callable[[str, str], object] = lambda axis, remedy: None,
+    w: Weight,
+    mesh: jax.sharding.Mesh,
+    whole: Callable[[str, str], object] = lambda axis, remedy: None,
     table: Rules = RULES,
 ) -> PartitionSpec:
     """The mesh axes of one weight; those of size 1 are left out.
