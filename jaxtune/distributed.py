@@ -50,7 +50,7 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    given = {}
+    given: dict[str, Any] = {}
     if (address := os.environ.get("JAX_COORDINATOR_ADDRESS")) is not None:
         try:
             given = {
@@ -68,7 +68,7 @@ def initialize() -> None:
     if "jax_enable_preemption_service" in jax.config.values:  # it would take SIGTERM from Python's own handler
         jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    wanted = {
+    wanted: dict[str, Any] = {
         "initialization_timeout": int(_seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
         "heartbeat_timeout_seconds": int(_seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
         "shutdown_timeout_seconds": 30,  # of a process that ended by itself
@@ -225,7 +225,7 @@ class Watch:
         self._beats: dict[int, tuple[int, float]] = {}  # the last beat of each, and when it was new
         self._hosts: dict[int, str] = {}
         self._closed = threading.Event()
-        self._life: dict[str, Any] = {}
+        self._life: dict[int, Any] = {}
         self._asked = time.monotonic()
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
 
@@ -289,7 +289,7 @@ class Watch:
         lives = {i: life for i, life in self._life.items() if i != index()}
         for i, life in lives.items():
             who = f"process {i} on {life['host']}"
-            if life["beat"] != self._beats.get(i, (None, 0.0))[0]:
+            if life["beat"] != self._beats.get(i, (0, 0.0))[0]:
                 self._beats[i] = life["beat"], now
             quiet = now - self._beats[i][1]
             if life.get("failure") and quiet > self._lost_after / 5:  # time for this one to fail by itself

@@ -122,7 +122,7 @@ def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int, process: int) -> fr
     """The rows of a batch, in `micro` micro-batches and filled up, that the devices of a process hold."""
     B = rows // micro
     filled = B + -B % batch_shards(mesh)
-    where = batch_sharding(mesh).devices_indices_map((filled,))
+    where: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((filled,))
     held = {b for d, (s,) in where.items() if d.process_index == process for b in range(*s.indices(filled)) if b < B}
     return frozenset(a * B + b for a in range(micro) for b in held)
 
