@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import log, sharding
+from jaxtune import kernels, log, sharding
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout, load, tokenizer
 from jaxtune.hf.adapters import Adapter
@@ -80,12 +80,13 @@ def sketch(
     remat: str = "none",
     param_dtype: str = "float32",
     groups: Sequence[int] | None = None,
+    attention: str = "xla",
 ) -> Sketch:
     """Shapes, dtypes and labels; neither files nor devices are looked at. Arguments as of `draw`."""
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
     groups = tuple(groups or tuning.groups(method, one_group, decoder.layers))
-    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
+    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat, attention=attention)
     plain = abstract_weights(decoder) if len(groups) > 1 else one_group
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
@@ -107,6 +108,7 @@ def draw(
     groups: Sequence[int] | None = None,
     task: TaskHead | Literal["own"] | None = "own",
     seed: int = 0,
+    attention: str = "xla",
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -124,6 +126,7 @@ def draw(
         have to be alike in what is wrapped and what trains.
       task: the head, where it is not to be the folder's own; None is a language model's.
       seed: of a head that the folder lacks.
+      attention: the kernel, or "auto".
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
@@ -136,7 +139,12 @@ def draw(
         decoder = dataclasses.replace(decoder, task=task, tied=tied)
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
-    decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype, groups)
+    if attention != "xla":
+        device = mesh.devices.flat[0]
+        attention = kernels.kind(attention, device, decoder.head, compute_dtype, decoder.attention_softcap).name
+    decoder, method, plain, weights, labels = sketch(
+        decoder, make_method, compute_dtype, remat, param_dtype, groups, attention
+    )
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     stored = heads.renamed(stored, own, decoder.family, back=True)
     if decoder.task is not None:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtune.attention import PREFIX, Past, Scores, after, attend, attend_past
+from jaxtune.attention import PREFIX, Past, Scores, after, attend_past
+from jaxtune.kernels import attend
 from jaxtune.layers import (
     Embed,
     Head,
@@ -105,6 +106,7 @@ class DecoderConfig:
     vocab_rows: int = 0  # rows of the table, with padding; 0 is `vocab`
     groups: tuple[int, ...] = ()
     remat: str = "none"
+    attention: str = "xla"  # the kernel, see `kernels.kind`; what goes into a cache is computed by XLA
     dtype: str = "float32"
 
     @property
@@ -207,7 +209,8 @@ class Attention(nn.Module):
             o_BTNH = attend_past(q_BTNH, *new, where.segment_BT, past, scores, window)
             new = after(new[0], o_BTNH), after(new[1], o_BTNH)  # so that they are written over a past that was read
         else:
-            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window)
+            kernel = c.attention if own.cache is None else "xla"
+            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window, c.windows, kernel)
         return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(
             o_BTNH
         ), None if own.cache is None else new
