@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune import attention
@@ -89,8 +88,8 @@ def attend(
     k_BTKH: Array,
     v_BTKH: Array,
     segment_BT: Array,
-    scores: Scores = Scores(),
-    window: Array | int = 0,
+    scores: Scores,
+    window: Array | int,
     windows: Sequence[int] = (),
     kernel: str = "xla",
     interpret: bool = False,
@@ -175,17 +174,17 @@ def _spread(
 
 def _xla(
     scores: Scores,
-    q: Array,
-    k: Array,
-    v: Array,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
     segment_BT: Array,
     segment_BS: Array,
     offset: Any,
     window: Array,
     _: Any,
 ) -> Array:
-    window = jnp.where(window, window, _ALL)
-    return attention.attend(q, k, v, segment_BT, scores, window, segment_BS=segment_BS, offset=offset)
+    window, keys = jnp.where(window, window, _ALL), (k_BSKH, v_BSKH)
+    return attention.attend(q_BTNH, *keys, segment_BT, scores, window, segment_BS=segment_BS, offset=offset)
 
 
 # --- splash -----------------------------------------------------------------------------------------------------------
@@ -197,12 +196,13 @@ def _block(T: int) -> int:
     >>> _block(100), _block(512), _block(640), _block(8192)
     (128, 512, 384, 512)
     """
-    return -(-T // _LANES) * _LANES if T <= max(_BLOCKS) else min(_BLOCKS, key=lambda b: (-(-T // b) * b, -b))
+    if max(_BLOCKS) >= T:
+        return -(-T // _LANES) * _LANES
+    return min(_BLOCKS, key=lambda b: (-(-T // b) * b, -b))
 
 
-@functools.lru_cache(64)
 def _splash_kernel(T: int, heads: int, window: int, block: int, parts: int, softcap: float, interpret: bool) -> Any:
-    """The kernel for rows of a length, of which a device has one of `parts`; a pytree of NumPy arrays."""
+    """The kernel for rows of a length, of which a device has one of `parts`; a pytree."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     mask = splash_attention_mask.CausalMask((T, T), shard_count=parts)
@@ -211,16 +211,14 @@ def _splash_kernel(T: int, heads: int, window: int, block: int, parts: int, soft
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-    with jax.ensure_compile_time_eval():
-        made = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=parts,
-            attn_logits_soft_cap=softcap or None,
-            interpret=interpret,
-        )
-        return jax.tree.map(np.asarray, made)
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
 
 
 def _splash(

@@ -1,4 +1,6 @@
-"""Attention by each kernel against a float64 reference. B rows, T time, N query heads, K key/value heads, H head dim."""
+"""Attention by each kernel against a float64 reference.
+
+Dimensions: B rows, T time, N query heads, K key/value heads, H head dim."""
 
 import functools
 from types import SimpleNamespace
@@ -97,7 +99,7 @@ def test_layers_of_one_scan_have_windows_of_their_own():
 
     def scanned(kernel):
         def layer(x, window):
-            return x, kernels.attend(q, k, v, segment, window=window, windows=(40, 0), kernel=kernel, interpret=True)
+            return x, kernels.attend(q, k, v, segment, Scores(), window, (40, 0), kernel, interpret=True)
 
         return jax.jit(lambda: jax.lax.scan(layer, 0.0, jnp.array([40, kernels._ALL]))[1])()
 
