@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtune import attention
 from jaxtune.attention import Scores
 from jaxtune.errors import UserError
-from jaxtune.layers import BATCH_AXES
+from jaxtune.layers import BATCH_AXES, time_axis
 from jaxtune.weights import Array
 
 _ALL = 2**30  # a window that is none
@@ -111,7 +111,7 @@ def attend(
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = mesh.shape.get("context", 1)
-    if kernel == "xla" and (parts == 1 or q_BTNH.shape[1] % parts):
+    if kernel == "xla" and time_axis(q_BTNH.shape[1]) is None:
         return attention.attend(q_BTNH, k_BTKH, v_BTKH, segment_BT, scores, window)
     if kernel != "splash":
         make = _cudnn if kernel == "cudnn" else _xla
@@ -149,7 +149,7 @@ def _spread(
         return local(q_BTNH, k_BTKH, v_BTKH, segment_BT, segment_BT, 0, which, made)
     axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
     rows = None if q_BTNH.shape[0] % math.prod(mesh.shape[a] for a in axes) else axes
-    time = "context" if mesh.shape.get("context", 1) > 1 else None
+    time = time_axis(q_BTNH.shape[1])
     shards = _head_shards(mesh, q_BTNH.shape[2])
     heads = "tensor" if shards else None
     if shards and (fewer := k_BTKH.shape[2]) % shards:  # each device gets the keys that its queries share
