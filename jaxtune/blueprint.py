@@ -109,6 +109,7 @@ def draw(
     task: TaskHead | Literal["own"] | None = "own",
     seed: int = 0,
     attention: str = "xla",
+    rules: sharding.Rules = sharding.RULES,
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -127,6 +128,7 @@ def draw(
       task: the head, where it is not to be the folder's own; None is a language model's.
       seed: of a head that the folder lacks.
       attention: the kernel, or "auto".
+      rules: which mesh axes split what, see `sharding.rules`.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
@@ -155,8 +157,8 @@ def draw(
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
-    where = sharding.shardings(weights, mesh, log.warn)
-    places = sharding.shardings(plain, mesh, lambda _: None)
+    where = sharding.shardings(weights, mesh, log.warn, rules)
+    places = sharding.shardings(plain, mesh, lambda _: None, rules)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import evaluate, head_scores, scoring
+from jaxtune import evaluate, head_scores, scoring, sharding
 from jaxtune.data import encode, pipeline
 from jaxtune.data import heads as data_heads
 from jaxtune.generate import Generator
@@ -24,7 +24,8 @@ def make(job: Job) -> Callable[[Tree], dict[str, float]]:
     sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
     size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
     head = job.blueprint.decoder.task
-    logits = jax.jit(head_scores.make_logits(apply, head.kind)) if head is not None else None
+    whole = sharding.replicated(job.mesh)  # each process reads all of it
+    logits = jax.jit(head_scores.make_logits(apply, head.kind), out_shardings=whole) if head is not None else None
 
     def measure(weights: Tree) -> dict[str, float]:
         if held is None:
