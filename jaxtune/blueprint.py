@@ -18,7 +18,7 @@ from jaxtune.hf import files, layout, load, tokenizer
 from jaxtune.hf.adapters import Adapter
 from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
-from jaxtune.models import families, heads
+from jaxtune.models import families, heads, pipeline
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.models.heads import TaskHead
 from jaxtune.tuning import method as tuning
@@ -147,6 +147,8 @@ def draw(
     decoder, method, plain, weights, labels = sketch(
         decoder, make_method, compute_dtype, remat, param_dtype, groups, attention
     )
+    if (stages := mesh.shape["stage"]) > 1:
+        pipeline.check(stages, decoder.layers, len(decoder.groups), decoder.experts)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     stored = heads.renamed(stored, own, decoder.family, back=True)
     if decoder.task is not None:

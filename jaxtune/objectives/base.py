@@ -46,7 +46,7 @@ def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
     """How many pieces the time axis goes in, for a chunk's logits to stay within LOGITS_BYTES on each device."""
     vocab = jax.eval_shape(lambda o: o.logits(o.hidden_BTD[:1, :1]), outputs).shape[-1]
     mesh = jax.sharding.get_abstract_mesh()
-    per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size)
+    per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size // mesh.shape.get("stage", 1))
     return int(np.clip(-(-per_device // LOGITS_BYTES), 1, shape[1] // _parts(shape[1])))
 
 
