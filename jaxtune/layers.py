@@ -303,16 +303,17 @@ def rotate(x_BTNH: Array, cos_BT1R: Array, sin_BT1R: Array) -> Array:
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
-def constrain(x: Array) -> Array:
+def constrain(x: Array, lead: int = 0) -> Array:
     """Keep a batch split over the mesh's batch axes, its time over `context`, and whole in every other dimension.
 
-    What does not divide is left alone, as is all without a mesh.
+    What does not divide is left alone, as is all without a mesh. Before the batch axis are `lead` others.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
-    if mesh.empty or not axes or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
+    if mesh.empty or not axes or x.shape[lead] % math.prod(mesh.shape[a] for a in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, time_axis(x.shape[1]), *(None,) * (x.ndim - 2)))
+    spec = PartitionSpec(*(None,) * lead, axes, time_axis(x.shape[lead + 1]))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def time_axis(T: int) -> str | None:

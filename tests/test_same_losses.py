@@ -7,8 +7,8 @@ import pytest
 
 from tests.tiny import make_config, on_eight_devices, write_jsonl, write_tiny
 
-LOSSES = """
-import json, sys
+LOSSES = r"""
+import json, re, sys
 import jax
 from jaxtune import blueprint, job, sharding
 from jaxtune.config import Config, Mesh
@@ -50,6 +50,8 @@ for file in sys.argv[3:]:
     config = Config.model_validate_json(open(file).read())
     for name in wanted:
         found[f"{file} {name}"], text = losses(config, *MESHES[name])
+        gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+        found[f"gathered {name}"] = [[int(n) for n in shape.split(",")] for shape in gathered]
 open(sys.argv[1], "w").write(json.dumps(found))
 """
 
@@ -68,7 +70,7 @@ def made(tmp_path_factory):
     files = []
     for name, changes in more.items():
         config = make_config(
-            model, data, folder / "run", data__packing=True, data__max_length=64, train__batch_size=16, train__steps=12,
+            model, data, folder / "run", data__packing=True, data__max_length=64, train__batch_size=16, train__steps=10,
             **changes,
         )  # fmt: skip
         files.append(folder / f"{name}.json")
@@ -86,3 +88,8 @@ def test_losses_are_those_of_one_device(made, meshes):
         assert want[-1] < want[0] - 0.2
         for name in meshes:
             np.testing.assert_allclose(found[f"{file} {name}"], want, rtol=1e-5)
+    for name in meshes:
+        if name.startswith("context"):  # of what has the whole time there are keys, values and segments alone
+            whole = [shape for shape in found[f"gathered {name}"] if 64 in shape]
+            assert whole
+            assert all(shape[2:] in ([], [1, 8]) for shape in whole), whole

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.layers import Outputs, Readout, time_axis
+from jaxtune.layers import Outputs, Readout, constrain, time_axis
 from jaxtune.weights import Array
 
 LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
@@ -63,7 +63,8 @@ def _split(x_BT: Array, chunks: int) -> Array:
     c = -(-T // (P * chunks))
     x_BPt = x_BT.reshape(B, P, T // P, *rest)
     padded = jnp.pad(x_BPt, [(0, 0), (0, 0), (0, c * chunks - T // P), *[(0, 0)] * len(rest)])
-    return jnp.moveaxis(padded.reshape(B, P, chunks, c, *rest), 2, 0).reshape(chunks, B, P * c, *rest)
+    x_CBc = jnp.moveaxis(padded.reshape(B, P, chunks, c, *rest), 2, 0).reshape(chunks, B, P * c, *rest)
+    return x_CBc if P == 1 else constrain(x_CBc, 1)
 
 
 class _Statistics(NamedTuple):
