@@ -174,7 +174,8 @@ def prepare(c: Config) -> Job:
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed, rules=sharding.rules(c.mesh),
+        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed, attention=c.train.attention,
+        rules=sharding.rules(c.mesh),
     )  # fmt: skip
     if read is not None:
         read.check_all_used()

@@ -48,6 +48,6 @@ def answered(job: Job, weights: Tree, batch_size: int) -> dict[str, float]:
     """The scores of `evaluate.task`."""
     c, b = job.config, job.blueprint
     eos = {*tokenizer.eos_ids(b.folder, job.tokenizer), *encode.turn_end(job.tokenizer, job.data.template)}
-    model = type(b.model)(dataclasses.replace(b.model.c, remat="none"))
+    model = type(b.model)(dataclasses.replace(b.model.c, remat="none", attention="xla"))
     asked = scoring.Asked(Generator(model, weights, job.tokenizer, sorted(eos)), job.data.template, batch_size)
     return scoring.in_loop(c.evaluate, c.data, job.data.held, asked)
