@@ -170,8 +170,8 @@ def prepare(c: Config) -> Job:
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
-        folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
+        folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read,
+        vocab, c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
@@ -357,6 +357,14 @@ def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
     step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
+    out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
+    with jax.set_mesh(job.mesh):
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments(job, length))
+
+
+def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
+    """What the step takes, abstract: the state, and a batch of rows of a length."""
+    c = job.config
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)
@@ -364,9 +372,7 @@ def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
         name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where)
         for name, x in job.data.train.empty_row(length or job.data.train.length).items()
     }
-    out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
-    with jax.set_mesh(job.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch)
+    return job.state, batch
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
