@@ -5,6 +5,7 @@ have `data.max_length` tokens, and the columns that training's have. Tokens that
 table are not known here and not counted.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ def model_config(name: str) -> dict[str, Any]:
     Raises:
       UserError: there is no such model.
     """
-    if name in PRESETS:
-        return PRESETS[name]
     folder = job.DEMO_FOLDER / "model" if name == DEMO else Path(name).expanduser()
     if folder.is_dir():
         return blueprint.read_config(folder)
+    if (preset := folder.name) in PRESETS:  # in a file, names are paths from there
+        return PRESETS[preset]
     if name.count("/") != 1 or folder.is_absolute() or name.startswith("."):
         if "://" in name:
             return blueprint.read_config(job.model_folder(name))
@@ -79,8 +80,6 @@ def imagined(c: Config, devices: Any, layers: int | None = None) -> Job:
 
 def shortened(decoder: DecoderConfig, layers: int) -> DecoderConfig:
     """The same model with fewer layers, of the kinds that its last layers are."""
-    import dataclasses
-
     return dataclasses.replace(
         decoder, layers=layers, rope_of=decoder.rope_of[-layers:], windows=decoder.windows[-layers:]
     )
@@ -88,8 +87,6 @@ def shortened(decoder: DecoderConfig, layers: int) -> DecoderConfig:
 
 def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tuple[Blueprint, dict[str, np.ndarray]]:
     """The blueprint, and the columns that its objective wants beside those of text."""
-    import dataclasses
-
     columns: dict[str, np.ndarray] = {}
     if c.objective in CLASSES:
         labels = tuple(c.data.labels) or ("0", "1")

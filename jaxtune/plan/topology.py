@@ -112,6 +112,11 @@ def devices(t: Topology) -> Sequence[Any]:
             raise UserError(f"topology {t.name}: libtpu says: {first[:200]}; name another shape") from e
 
 
+def here(t: Topology, found: Sequence[Any]) -> Topology:
+    """The topology of devices that are here: how many, and of which chip."""
+    return t._replace(shape=(len(found),), chip=chips.of(found[0].device_kind))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """libtpu's environment set, and what it writes on standard error from C dropped."""
