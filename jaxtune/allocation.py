@@ -57,12 +57,16 @@ class Allocation:
         now = dict(zip(self._names, numbers, strict=True))
         if not self.lines or self.lines[-1]["allocation"] != now:
             self.lines.append({"step": self._steps, "allocation": now})
+            if log.hushed():
+                return
             with self.file.open("a") as f:
                 f.write(json.dumps(self.lines[-1]) + "\n")
 
     def close(self) -> None:
         """Write the last line, and draw the picture."""
         self.settle()
+        if log.hushed():
+            return
         draw(self.lines, self._steps, self.picture)
 
 

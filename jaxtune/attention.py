@@ -28,10 +28,14 @@ class Scores:
         score_BKqS = _batched(q_BKqH, k_BKSH, 3)
         return jnp.tanh(score_BKqS / self.softcap) * self.softcap if self.softcap else score_BKqS
 
+    def factor(self, head: int) -> float:
+        """What scores are multiplied by."""
+        return head**-0.5 if self.scale is None else self.scale
+
     def by_head(self, q_BTNH: Array, kv_heads: int) -> Array:
         """Scaled queries by the key heads that they share, `[B, K, G, T, H]`."""
         B, T, N, H = q_BTNH.shape
-        scaled = q_BTNH * (H**-0.5 if self.scale is None else self.scale)
+        scaled = q_BTNH * self.factor(H)
         return scaled.reshape(B, T, kv_heads, N // kv_heads, H).transpose(0, 2, 3, 1, 4)
 
 
@@ -43,15 +47,21 @@ def attend(
     scores: Scores = Scores(),
     window: Array | int = 0,
     blocks: int = 8,
+    segment_BS: Array | None = None,
+    offset: Array | int = 0,
 ) -> Array:
     """Causal grouped-query attention within segments, `[B, T, N, H]`.
 
     Queries go in at most `blocks` blocks, each over the keys that it can see, so nearly half of the scores are never
     made. Scores and the softmax are float32. Segment 0 is padding. A query sees `window` keys, its own included; 0 is
     all.
+
+    Where the queries are a part of those that belong to the keys, `segment_BS` are the segments of the keys, and the
+    first query stands at place `offset`; then every block goes over all keys.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
+    part, segment_BS = segment_BS is not None, segment_BT if segment_BS is None else segment_BS
     q_BKGTH = scores.by_head(q_BTNH, K)
     k_BKTH, v_BKTH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
     fixed = window if isinstance(window, int) else 0
@@ -59,17 +69,18 @@ def attend(
     out = []
     for i in range(0, T, size):
         j = min(i + size, T)
-        first = max(0, i - fixed + 1) if fixed else 0
-        behind_ts = jnp.arange(i, j)[:, None] - jnp.arange(first, j)
+        first = max(0, i - fixed + 1) if fixed and not part else 0
+        last = segment_BS.shape[1] if part else j
+        behind_ts = offset + jnp.arange(i, j)[:, None] - jnp.arange(first, last)
         seen_ts = behind_ts >= 0
         if not isinstance(window, int) or window:
             seen_ts &= behind_ts < window
-        same_Bts = segment_BT[:, i:j, None] == segment_BT[:, None, first:j]
-        score_BKgs = scores(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKTH[:, :, first:j])
-        score_BKGts = score_BKgs.reshape(B, K, -1, j - i, j - first)
+        same_Bts = segment_BT[:, i:j, None] == segment_BS[:, None, first:last]
+        score_BKgs = scores(q_BKGTH[:, :, :, i:j].reshape(B, K, -1, H), k_BKTH[:, :, first:last])
+        score_BKGts = score_BKgs.reshape(B, K, -1, j - i, last - first)
         p_BKGts = jax.nn.softmax(jnp.where((seen_ts & same_Bts)[:, None, None], score_BKGts, NEVER), -1)
-        p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, j - first)
-        out.append(_batched(p_BKgs, v_BKTH[:, :, first:j], 2).reshape(B, K, -1, j - i, H))
+        p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, last - first)
+        out.append(_batched(p_BKgs, v_BKTH[:, :, first:last], 2).reshape(B, K, -1, j - i, H))
     o_BKGTH = jnp.concatenate(out, 3) if len(out) > 1 else out[0]
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune import log
+from jaxtune import distributed, log
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Evaluate
 from jaxtune.errors import UserError
@@ -49,7 +49,9 @@ class Best:
         self._checkpoints = Checkpoints(folder / FOLDER, keep=1) if c.best else None
         if self._checkpoints is not None and (self._checkpoints.newest or 0) > start:  # the run was killed behind it
             self._checkpoints.close()
-            shutil.rmtree(folder / FOLDER)
+            if distributed.first():
+                shutil.rmtree(folder / FOLDER)
+            distributed.wait("best is removed")
             self._checkpoints = Checkpoints(folder / FOLDER, keep=1)
 
     @property

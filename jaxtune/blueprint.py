@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import log, sharding
+from jaxtune import kernels, log, sharding
 from jaxtune.errors import UserError
 from jaxtune.hf import files, layout, load, tokenizer
 from jaxtune.hf.adapters import Adapter
 from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
-from jaxtune.models import families, heads
+from jaxtune.models import families, heads, pipeline
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.models.heads import TaskHead
 from jaxtune.tuning import method as tuning
@@ -80,12 +80,13 @@ def sketch(
     remat: str = "none",
     param_dtype: str = "float32",
     groups: Sequence[int] | None = None,
+    attention: str = "xla",
 ) -> Sketch:
     """Shapes, dtypes and labels; neither files nor devices are looked at. Arguments as of `draw`."""
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
     groups = tuple(groups or tuning.groups(method, one_group, decoder.layers))
-    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
+    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat, attention=attention)
     plain = abstract_weights(decoder) if len(groups) > 1 else one_group
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
@@ -107,6 +108,8 @@ def draw(
     groups: Sequence[int] | None = None,
     task: TaskHead | Literal["own"] | None = "own",
     seed: int = 0,
+    attention: str = "xla",
+    rules: sharding.Rules = sharding.RULES,
 ) -> Blueprint:
     """The blueprint of a model folder under a tuning method; no weight is read and no device is used.
 
@@ -124,6 +127,8 @@ def draw(
         have to be alike in what is wrapped and what trains.
       task: the head, where it is not to be the folder's own; None is a language model's.
       seed: of a head that the folder lacks.
+      attention: the kernel, or "auto".
+      rules: which mesh axes split what, see `sharding.rules`.
 
     Raises:
       UserError: the config is not supported, tensors do not fit it, or the method asks for what is not there.
@@ -136,7 +141,14 @@ def draw(
         decoder = dataclasses.replace(decoder, task=task, tied=tied)
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
-    decoder, method, plain, weights, labels = sketch(decoder, make_method, compute_dtype, remat, param_dtype, groups)
+    if attention != "xla":
+        device = mesh.devices.flat[0]
+        attention = kernels.kind(attention, device, decoder.head, compute_dtype, decoder.attention_softcap).name
+    decoder, method, plain, weights, labels = sketch(
+        decoder, make_method, compute_dtype, remat, param_dtype, groups, attention
+    )
+    if (stages := mesh.shape["stage"]) > 1:
+        pipeline.check(stages, decoder.layers, len(decoder.groups), decoder.experts)
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     stored = heads.renamed(stored, own, decoder.family, back=True)
     if decoder.task is not None:
@@ -147,8 +159,8 @@ def draw(
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
-    where = sharding.shardings(weights, mesh, log.warn)
-    places = sharding.shardings(plain, mesh, lambda _: None)
+    where = sharding.shardings(weights, mesh, log.warn, rules)
+    places = sharding.shardings(plain, mesh, lambda _: None, rules)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
 
 

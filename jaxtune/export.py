@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxtune import blueprint, config, log
+from jaxtune import blueprint, config, distributed, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.hf import adapters, files, soft_prompts, tokenizer
@@ -18,8 +18,13 @@ Tree = Any
 
 
 def export(job: Job, weights: Tree) -> Path:
-    """Write `export/`: a PEFT adapter after LoRA, else a whole Hugging Face folder. It appears when it is complete."""
+    """Write `export/`: a PEFT adapter after LoRA, else a whole Hugging Face folder. It appears when it is complete.
+
+    The first process writes for all; see `distributed.gathered`.
+    """
     target = Path(job.config.output) / EXPORT
+    if not distributed.first():
+        return target
     write_export(target, job.blueprint, blueprint.boxed(job.blueprint, weights), job.config, job.data.template)
     log.write_whole(target.parent / "README.md", _card(job, target))
     log.say(f"exported to {target}")

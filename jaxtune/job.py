@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, log, optim, sharding, tasks, tuning
+from jaxtune import blueprint, config, distributed, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
@@ -32,7 +32,7 @@ from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
 from jaxtune.objectives import OBJECTIVES
-from jaxtune.training import State, make_step
+from jaxtune.training import WISHES, State, make_step
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
@@ -167,11 +167,15 @@ def prepare(c: Config) -> Job:
             f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
         )
     mesh = sharding.make_mesh(c.mesh)
+    for rows_of in (data.train, data.validation) if data.validation else (data.train,):
+        for length in getattr(rows_of, "buckets", ()) or (rows_of.length,):
+            sharding.check_length(mesh, length)
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
         folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read,
-        vocab, c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
+        vocab, c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed, attention=c.train.attention,
+        rules=sharding.rules(c.mesh),
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
@@ -228,6 +232,11 @@ def check_evaluation(c: Config, data: Prepared) -> None:
             raise UserError(f"evaluate.{key} looks at the validation set, and there is none; set data.validation")
     if c.evaluate.task is None:
         return
+    if distributed.count() > 1:
+        raise UserError(
+            "evaluate.task answers in one process, and there are several; leave it out and run `jaxtune evaluate` on "
+            "the export"
+        )
     if c.objective in CLASSES:
         raise UserError(f"evaluate.task answers in words, and objective {c.objective} has a head; leave it out")
     task = tasks.named(c.evaluate.task)
@@ -314,20 +323,25 @@ def make_method(
     return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True, from_base=False)
 
 
-def putter(mesh: jax.sharding.Mesh, micro: int | None) -> Callable[[Batch], Mapping[str, Any]]:
+def putter(
+    mesh: jax.sharding.Mesh, micro: int | None, told: Callable[[], int] | None = None
+) -> Callable[[Batch], Mapping[str, Any]]:
     """How a batch goes onto the mesh: `[A, B, T]` for `micro` micro-batches, `[B, T]` for None.
 
-    Rows are added, empty ones, where B does not divide over the mesh.
+    Rows are added, empty ones, where B does not divide over the mesh. `told` gives this process's wishes, for a batch
+    that trains where there are several processes.
     """
-    shards = sharding.batch_shards(mesh)
-    where = sharding.batch_sharding(mesh, lead=0 if micro is None else 1)
+    shards, lead = sharding.batch_shards(mesh), 0 if micro is None else 1
 
     def put(batch: Batch) -> Mapping[str, Any]:
         out = {}
         for name, x_R in batch.columns.items():
             x_AB = x_R.reshape(micro or 1, -1, *x_R.shape[1:])
             x_AB = np.pad(x_AB, [(0, 0), (0, -x_AB.shape[1] % shards), *[(0, 0)] * (x_R.ndim - 1)])
-            out[name] = jax.device_put(x_AB if micro else x_AB[0], where)
+            where = sharding.batch_sharding(mesh, lead, name)
+            out[name] = distributed.put(x_AB if micro else x_AB[0], where)
+        if told is not None and distributed.count() > 1:
+            out[WISHES] = distributed.wishes(mesh, told())
         return out
 
     return put
@@ -367,11 +381,14 @@ def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax
     c = job.config
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
-    where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)
+    lead = (c.train.accumulation, rows)
     batch = {
-        name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=where)
+        name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding.batch_sharding(job.mesh, 1, name))
         for name, x in job.data.train.empty_row(length or job.data.train.length).items()
     }
+    if distributed.count() > 1:
+        everywhere = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec(job.mesh.axis_names))
+        batch[WISHES] = jax.ShapeDtypeStruct((job.mesh.size,), jnp.int32, sharding=everywhere)
     return job.state, batch
 
 

@@ -303,13 +303,23 @@ def rotate(x_BTNH: Array, cos_BT1R: Array, sin_BT1R: Array) -> Array:
 # --- depth ----------------------------------------------------------------------------------------------------------
 
 
-def constrain(x: Array) -> Array:
-    """Keep a batch split over the mesh's batch axes, and whole in every other dimension; nothing without a mesh."""
+def constrain(x: Array, lead: int = 0) -> Array:
+    """Keep a batch split over the mesh's batch axes, its time over `context`, and whole in every other dimension.
+
+    What does not divide is left alone, as is all without a mesh. Before the batch axis are `lead` others.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in BATCH_AXES if a in mesh.axis_names)
-    if mesh.empty or not axes or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
+    if mesh.empty or not axes or x.shape[lead] % math.prod(mesh.shape[a] for a in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *(None,) * (x.ndim - 1)))
+    spec = PartitionSpec(*(None,) * lead, axes, time_axis(x.shape[lead + 1]))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def time_axis(T: int) -> str | None:
+    """The mesh axis over which rows of a length are split, None where they are not."""
+    parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return "context" if parts > 1 and T % parts == 0 else None
 
 
 def group_name(first: int, count: int) -> str:

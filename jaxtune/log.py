@@ -12,17 +12,30 @@ from typing import Any
 
 _QUIET = re.compile("precision|recall|micro|weighted|_answer_")  # scores that are written but not shown
 _WARNED: set[str] = set()
+_HUSHED = False  # whether another process speaks and writes for this one
 _WINDOW = 20  # steps over which the speed is taken
+
+
+def hush() -> None:
+    """From now on this process neither says nor writes what is said and written for all processes."""
+    global _HUSHED
+    _HUSHED = True
+
+
+def hushed() -> bool:
+    """Whether another process speaks and writes."""
+    return _HUSHED
 
 
 def say(text: str = "") -> None:
     """A plain line on standard output."""
-    print(text, flush=True)
+    if not _HUSHED:
+        print(text, flush=True)
 
 
 def warn(text: str) -> None:
     """A line on standard error, once."""
-    if text not in _WARNED:
+    if text not in _WARNED and not _HUSHED:
         _WARNED.add(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -73,6 +86,8 @@ class Progress:
 
     def _show(self) -> None:
         self._shown = time.perf_counter()
+        if _HUSHED:
+            return
         rate = self.done / max(self._shown - self._began, 1e-9)
         left = duration((self.total - self.done) / max(rate, 1e-9))
         share = 100 * self.done / self.total
@@ -108,7 +123,7 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
         write_whole(self.file, "".join(json.dumps(e) + "\n" for e in self.history))
-        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not _HUSHED
         self._events: Any = None
         self._began, self._done, self._open = time.perf_counter(), 0, False
         self._idle_until = self._began
@@ -158,6 +173,8 @@ class RunLog:
         """Append to metrics.jsonl and to the TensorBoard events."""
         entry = {"step": n, **{k: round(float(v), 8) for k, v in values.items()}}
         self.history.append(entry)
+        if _HUSHED:
+            return
         with self.file.open("a") as f:
             f.write(json.dumps(entry) + "\n")
         if self._events is None:
@@ -180,7 +197,8 @@ class RunLog:
             say()
         if self._events is not None:
             self._events.close()
-        plot(self.history, self.folder / "loss.png")
+        if not _HUSHED:
+            plot(self.history, self.folder / "loss.png")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -197,7 +215,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file that is replaced when it is complete, or not at all."""
+    """Write a text file that is replaced when it is complete, or not at all; one process does it for all."""
+    if _HUSHED:
+        return
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

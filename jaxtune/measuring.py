@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import evaluate, head_scores, scoring
+from jaxtune import evaluate, head_scores, scoring, sharding
 from jaxtune.data import encode, pipeline
 from jaxtune.data import heads as data_heads
 from jaxtune.generate import Generator
@@ -24,7 +24,8 @@ def make(job: Job) -> Callable[[Tree], dict[str, float]]:
     sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
     size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
     head = job.blueprint.decoder.task
-    logits = jax.jit(head_scores.make_logits(apply, head.kind)) if head is not None else None
+    whole = sharding.replicated(job.mesh)  # each process reads all of it
+    logits = jax.jit(head_scores.make_logits(apply, head.kind), out_shardings=whole) if head is not None else None
 
     def measure(weights: Tree) -> dict[str, float]:
         if held is None:
@@ -47,6 +48,6 @@ def answered(job: Job, weights: Tree, batch_size: int) -> dict[str, float]:
     """The scores of `evaluate.task`."""
     c, b = job.config, job.blueprint
     eos = {*tokenizer.eos_ids(b.folder, job.tokenizer), *encode.turn_end(job.tokenizer, job.data.template)}
-    model = type(b.model)(dataclasses.replace(b.model.c, remat="none"))
+    model = type(b.model)(dataclasses.replace(b.model.c, remat="none", attention="xla"))
     asked = scoring.Asked(Generator(model, weights, job.tokenizer, sorted(eos)), job.data.template, batch_size)
     return scoring.in_loop(c.evaluate, c.data, job.data.held, asked)

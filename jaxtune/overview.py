@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import config, log
+from jaxtune import config, kernels, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
@@ -48,9 +48,17 @@ def introduce(job: Job, compiled: Any) -> None:
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
             ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
             ("compute", c.train.compute_dtype),
+            ("attention", _attention(job)),
             ("memory", memory),
         ]
     )  # fmt: skip
+
+
+def _attention(job: Job) -> str:
+    """The kernel, and why where another is made for the device."""
+    c, d = job.config.train, job.blueprint.decoder
+    name, why = kernels.kind(c.attention, job.mesh.devices.flat[0], d.head, c.compute_dtype, d.attention_softcap)
+    return f"{name} ({why})" if why else name
 
 
 def trained(job: Job) -> int:

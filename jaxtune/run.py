@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, log, measuring, optim, overview, sharding
+from jaxtune import blueprint, config, distributed, log, measuring, optim, overview, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
@@ -49,17 +49,20 @@ def train(c: Config) -> Path:
       UserError: something does not fit; nothing whole is replaced.
       Interrupted: told to stop; saved, to be called again.
     """
+    distributed.initialize()
     use_compile_cache()
     out = Path(c.output)
-    with _told_to_stop() as told:
+    with _told_to_stop() as told, distributed.watching() as watched:
         job = prepare(c)
         overview.check_disk(job)
+        distributed.agree("job", {**job.about, "devices": job.mesh.size})
         with _alone(out):
-            _train(job, out, told)
+            _train(job, out, told, watched)
+        distributed.wait("all is written")
     return out
 
 
-def _train(job: Job, out: Path, told: threading.Event) -> None:
+def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], Any]) -> None:
     c = job.config
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
@@ -69,6 +72,7 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
     checkpoints = Checkpoints(out / CHECKPOINTS, c.checkpoint.keep)
     about = job.about
     start = start_step(c, checkpoints, about)
+    distributed.agree("start", {f"step of {out}, which all hosts have to see": start})
     history = [m for m in log.read_metrics(out / "metrics.jsonl") if m["step"] <= start]
     if (start == job.steps or hopeless(c.evaluate, history)) and (out / EXPORT).exists():
         log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
@@ -96,11 +100,20 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
         del frozen
         overview.introduce(job, compiled)
         try:
-            weights = _loop(job, state, Steps(job, compiled), batches, checkpoints, start, about, told)
+            weights = _loop(job, state, watched(Steps(job, compiled)), batches, checkpoints, start, about, told)
         finally:
             batches.close()
             checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
-        export(job, weights)
+        weights = _to_write(job, weights)
+    export(job, weights)
+
+
+def _to_write(job: Job, weights: Tree) -> Tree:
+    """The weights for `export`: where there are several processes, what trained is gathered for the first to write."""
+    if distributed.count() == 1:
+        return weights
+    trained, frozen = tuning_method.split(weights, job.blueprint.labels)
+    return tuning_method.join(distributed.gathered(trained), frozen)
 
 
 def _loop(
@@ -146,7 +159,7 @@ def _loop(
             on_evaluate(0, state)
         hooks = Hooks(on_log, on_evaluate, on_save, lambda: told.is_set() or (best is not None and best.hopeless))
         every = Every(c.evaluate.every, c.checkpoint.every)
-        put = putter(job.mesh, c.train.accumulation)
+        put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * hooks.stop())
         state, n = loop(
             state,
             compiled,
@@ -158,7 +171,7 @@ def _loop(
             hooks,
             lambda b: list(b.origins),
         )
-        if told.is_set() and n < job.steps:
+        if n < job.steps and not (best is not None and best.hopeless):
             checkpoints.wait()
             raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
         if n < job.steps:
@@ -183,6 +196,9 @@ def _alone(out: Path) -> Iterator[None]:
       UserError: another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if not distributed.first():
+        yield
+        return
     with (out / ".lock").open("w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

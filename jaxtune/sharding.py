@@ -9,38 +9,48 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxtune.config import Mesh as MeshConfig
-from jaxtune.errors import UserError
+from jaxtune.errors import UserError, nearest
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
 from jaxtune.weights import owner, path_name
 
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
-RULES: Mapping[str, str | None] = {  # logical axis of a weight -> mesh axis
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "qkv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
-    "expert_mlp": "tensor",
-    "vocab": "tensor",
-    "head": None,
-    "gate_up": None,
-    "router": None,
-    "classes": None,
-    "layers": None,
-    "rank": None,
-    "virtual": None,
+Rules = Mapping[str, tuple[str, ...]]
+RULES: Rules = {  # logical axis of a weight -> the mesh axes that split it, the outer one first
+    "layers": ("stage",),
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "qkv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "expert": ("expert",),
+    "expert_mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "head": (),
+    "gate_up": (),
+    "router": (),
+    "classes": (),
+    "rank": (),
+    "virtual": (),
 }
 
 
+# --- the mesh ---------------------------------------------------------------------------------------------------------
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """A mesh with all axes over all devices.
+    """A mesh with all axes over all devices; where these are of several slices, one axis goes over slices.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or do not divide over the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.sizes[a] for a in AXES]
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if config.slices not in (None, slices):
+        raise UserError(f"mesh.slices={config.slices}: the {len(devices)} devices are of {slices}; leave it out")
+    over, wanted = config.over_slices, dict(config.sizes)
+    if slices > 1 and wanted[over] == 1 and getattr(config, over) is None:
+        wanted[over] = slices
+    sizes = [wanted[a] for a in AXES]
     n, known = len(devices), int(np.prod([s for s in sizes if s > 0]))
     if -1 in sizes and n % known == 0:
         sizes[sizes.index(-1)] = n // known
@@ -48,17 +58,78 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
         wish = " × ".join(f"{a} {s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh: {wish} is not the {n} devices that there are; set one axis to -1")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+    if sizes[AXES.index(over)] % slices:
+        raise UserError(
+            f"mesh: {over} {sizes[AXES.index(over)]} does not divide over {slices} slices; set mesh.{over}={slices} or "
+            "a multiple, or another mesh.over_slices"
+        )
+    from jax.experimental import mesh_utils
+
+    outer = [slices if a == over else 1 for a in AXES]
+    inner = [s // o for s, o in zip(sizes, outer, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=auto)
+
+
+def rules(config: MeshConfig) -> Rules:
+    """The table of rules with the config's own in it.
+
+    Raises:
+      UserError: there is no such dimension of a weight, or no such axis of a mesh.
+
+    >>> rules(MeshConfig(rules={"vocab": ["tensor", "fsdp"], "embed": None}))["vocab"]
+    ('tensor', 'fsdp')
+    """
+    own: dict[str, tuple[str, ...]] = {}
+    for name, axes in config.rules.items():
+        if name not in RULES:
+            raise UserError(f"mesh.rules: no weight has a dimension {name!r}{nearest(name, list(RULES))}")
+        own[name] = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        for axis in own[name]:
+            if axis not in AXES:
+                raise UserError(f"mesh.rules.{name}: no mesh has an axis {axis!r}{nearest(axis, list(AXES))}")
+        if len(set(own[name])) < len(own[name]):
+            raise UserError(f"mesh.rules.{name}: {', '.join(own[name])} names an axis twice; name each once")
+    return {**RULES, **own}
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Into how many parts the rows of a batch are split."""
     return int(np.prod([mesh.shape[a] for a in BATCH_AXES]))
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, lead: int = 0) -> NamedSharding:
-    """The sharding of a batch column, after `lead` axes that are not split."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * lead, BATCH_AXES))
+def batch_sharding(mesh: jax.sharding.Mesh, lead: int = 0, column: str = "") -> NamedSharding:
+    """The sharding of a batch column, after `lead` axes that are not split: rows, and of `…_BT` also their length."""
+    length = ("context",) if column.endswith("_BT") else ()
+    return NamedSharding(mesh, PartitionSpec(*(None,) * lead, BATCH_AXES, *length))
+
+
+def check_length(mesh: jax.sharding.Mesh, length: int) -> None:
+    """Raises: UserError: rows of so many tokens do not divide over the mesh."""
+    if length % (n := mesh.shape["context"]):
+        raise UserError(
+            f"rows of {length} tokens do not divide over context {n}; set data.max_length, and each of data.buckets, "
+            f"to a multiple of {n}"
+        )
+
+
+def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int) -> frozenset[int] | None:
+    """The rows of a batch, in `micro` micro-batches and filled up, that this process's devices hold; None for all."""
+    if len({d.process_index for d in mesh.devices.flat}) == 1:
+        return None
+    B = rows // micro
+    filled = B + -B % batch_shards(mesh)
+    held = batch_sharding(mesh).addressable_devices_indices_map((filled,)).values()
+    numbers = {b for (s,) in held if s is not None for b in range(*s.indices(filled)) if b < B}
+    return frozenset(a * B + b for a in range(micro) for b in numbers)
+
+
+# --- weights and state ------------------------------------------------------------------------------------------------
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -66,30 +137,53 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spec(w: Weight, mesh: jax.sharding.Mesh, whole: Callable[[str], object] = lambda axis: None) -> PartitionSpec:
-    """The mesh axes of one weight. Vectors are copied; a dimension that does not divide is too, and told to `whole`."""
-    if len(w.names) - int(w.stacked) == 1:
-        return PartitionSpec()
-    axes: list[str | None] = []
-    for size, name in zip(w.value.shape, w.names, strict=True):
-        axis = RULES[str(name)]
-        if axis is not None and size % mesh.shape[axis]:
-            whole(f"{name} {size} over {axis} {mesh.shape[axis]}")
-            axis = None
-        axes.append(axis if axis not in axes else None)
-    return PartitionSpec(*axes)
+def spec(
+    w: Weight,
+    mesh: jax.sharding.Mesh,
+    whole: Callable[[str, str], object] = lambda axis, remedy: None,
+    table: Rules = RULES,
+) -> PartitionSpec:
+    """The mesh axes of one weight; those of size 1 are left out.
+
+    Vectors are copied, of each stage's layers. So is a dimension that does not divide, and `whole` is told which, over
+    what, and what would divide.
+    """
+    vector = len(w.names) - int(w.stacked) == 1
+    out: list[Any] = []
+    used: set[str] = set()
+    for i, (size, name) in enumerate(zip(w.value.shape, w.names, strict=True)):
+        mine = () if vector and not (w.stacked and i == 0) else table[str(name)]
+        axes = tuple(a for a in mine if mesh.shape[a] > 1 and a not in used)
+        while axes and size % (n := int(np.prod([mesh.shape[a] for a in axes]))):
+            whole(f"{name} {size} over {' × '.join(axes)} {n}", _remedy(size, axes[-1], n, mesh))
+            axes = axes[:-1]
+        used |= set(axes)
+        out.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*out) if any(out) or not vector else PartitionSpec()
 
 
-def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None]) -> Any:
+def _remedy(size: int, axis: str, n: int, mesh: jax.sharding.Mesh) -> str:
+    """The sizes of a mesh axis, near to the one it has, that would divide a dimension now split in `n`."""
+    rest = n // mesh.shape[axis]
+    fit = [d for d in range(2, size // rest + 1) if size % (rest * d) == 0]
+    fit = [d for d in fit if mesh.size % d == 0] or fit
+    fit = sorted(fit, key=lambda d: (abs(d - mesh.shape[axis]), d))[:2]
+    return f"{axis}={' or '.join(map(str, sorted(fit)))} divides" if fit else f"only {axis}=1 divides"
+
+
+def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None], table: Rules = RULES) -> Any:
     """A sharding for each `Weight` of a tree; dimensions that do not divide are named once."""
     odd: dict[str, str] = {}
 
     def one(path: tuple, w: Weight) -> NamedSharding:
-        return NamedSharding(mesh, spec(w, mesh, lambda what: odd.setdefault(what, path_name(path))))
+        def whole(what: str, remedy: str) -> None:
+            odd.setdefault(what, f"{path_name(path)}, …; {remedy}")
+
+        return NamedSharding(mesh, spec(w, mesh, whole, table))
 
     tree = jax.tree_util.tree_map_with_path(one, weights, is_leaf=is_weight)
     if odd:
-        warn(f"copied to all devices, because they do not divide: {', '.join(f'{k} ({v}, …)' for k, v in odd.items())}")
+        warn(f"copied to all devices, because they do not divide: {'; '.join(f'{k} ({v})' for k, v in odd.items())}")
     return tree
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jaxtune.data.pipeline import Batch
+from jaxtune.distributed import SAVE, STOP
 from jaxtune.errors import UserError
 from jaxtune.nodes.noisy import noisy
 from jaxtune.objectives import Objective
@@ -35,6 +36,7 @@ class State(NamedTuple):
         return {k: v for k, v in self._asdict().items() if k != "frozen"}
 
 
+WISHES = "wishes_N"  # a column that is not of rows, int32: what each process was told, on each of its N devices
 _REPORTED = {"hits": "accuracy"}  # sums that have another name once they are means
 Apply = Callable[[Tree, Mapping[str, Array]], Any]
 
@@ -70,6 +72,8 @@ def make_step(
 
     def step(state: State, batches: Mapping[str, Array]) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        batches = dict(batches)
+        wishes_N = batches.pop(WISHES, None)
         A = batches["ids_BT"].shape[0]
 
         def micro(i: Array, batch: Mapping[str, Array]) -> tuple[Tree, tuple]:
@@ -86,7 +90,7 @@ def make_step(
 
             first = jax.eval_shape(micro, jnp.int32(0), {k: v[0] for k, v in batches.items()})
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-            sums, _ = jax.lax.scan(body, zeros, (jnp.arange(A), dict(batches)))
+            sums, _ = jax.lax.scan(body, zeros, (jnp.arange(A), batches))
         grads, (loss_sum, count, metrics) = sums
         count = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)  # bfloat16 ones stay so
@@ -94,6 +98,8 @@ def make_step(
         trainable = optax.apply_updates(state.trainable, updates)
         report = {"loss": loss_sum / count, "grad_norm": optax.tree.norm(grads), "tokens": count}
         report |= {_REPORTED.get(name, name): total / count for name, total in metrics.items()}
+        if wishes_N is not None:
+            report[WISHES] = (wishes_N & STOP).max() | (wishes_N & SAVE).max()
         return State(trainable, state.frozen, optimiser, state.step + 1, state.key), report
 
     return step
@@ -128,20 +134,26 @@ def loop(
 ) -> tuple[State, int]:
     """Take steps `start` to `total`. A step is dispatched before the last one's numbers are fetched.
 
+    Where there are several processes, each puts what it was told into its batches (see `distributed.wishes`), and all
+    act upon what a step reports of it, at the same step.
+
     Returns: the last state, and how many steps it has taken (fewer than `total` if `hooks.stop` said so).
 
     Raises:
       UserError: a loss or gradient is not finite; names the step and the rows. What was saved before stays.
     """
     pending: tuple[int, dict[str, Array], Batch] | None = None
+    agreed = 0  # what the processes were told, together
 
     def settle() -> None:
-        nonlocal pending
+        nonlocal pending, agreed
         if pending is None:
             return
         n, report, batch = pending
         pending = None
         values = {k: float(v) for k, v in jax.device_get(report).items()}
+        if WISHES in values:
+            agreed = int(values.pop(WISHES))
         if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
             rows = where(batch)
             shown = f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
@@ -157,7 +169,7 @@ def loop(
         state, report = step(state, put(batch))
         settle()
         pending = n, report, batch
-        stopping = hooks.stop()
+        stopping = hooks.stop() if WISHES not in report else bool(agreed & STOP)
         if n == start + 1 or n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
             settle()  # the first step is told at once, and nothing is saved before its loss is known to be finite
         if n == total or (n % every.evaluate == 0 and not stopping):

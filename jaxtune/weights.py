@@ -89,7 +89,7 @@ def apply(w: Any, eqn: str, x: Array) -> Array:
     """The product of input and weight; a node registers its own."""
     w, e = w.astype(x.dtype), parts(eqn)
     in_order = e.x == e.batch + e.into and e.out == e.batch + e.outof and e.w in (e.into + e.outof, e.outof + e.into)
-    if in_order and platform() == "cpu":
+    if in_order and platform() == "cpu" and jax.sharding.get_abstract_mesh().shape.get("context", 1) == 1:
         return _flat_matmul(w, e, x)
     return jnp.einsum(eqn, x, w, precision=precision(x.dtype))
 
@@ -112,7 +112,10 @@ def precision(dtype: Any) -> jax.lax.Precision:
 
 
 def _flat_matmul(w: Array, e: Equation, x: Array) -> Array:
-    """One two-dimensional matrix product: XLA on CPU runs it on the fast path, `[B, T, D]` inputs it does not."""
+    """One two-dimensional matrix product: XLA on CPU runs it on the fast path, `[B, T, D]` inputs it does not.
+
+    B and T that are both split over a mesh cannot be made one dimension without gathering T.
+    """
     n_batch, n_w = len(e.batch), len(e.into) if e.w.startswith(e.into) else len(e.outof)
     x_XI = x.reshape(-1, prod(x.shape[n_batch:]))
     w_2d = w.reshape(prod(w.shape[:n_w]), -1)

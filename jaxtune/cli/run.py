@@ -16,8 +16,9 @@ def train(arguments: Pairs = None) -> None:
     """Tune a model as CONFIG says, and export it. Run the same command again to go on after a stop."""
     import jax
 
-    from jaxtune import run
+    from jaxtune import distributed, run
 
+    distributed.initialize()  # before a translation asks for the number of devices
     run.train(read_config(arguments, jax.device_count))
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from jaxtune import distributed
 from jaxtune.errors import UserError
 from jaxtune.hf import cache, files, layout, pickles, remote
 from jaxtune.layers import Weight, is_weight, unbox
@@ -215,7 +216,8 @@ def load(
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(weights, is_leaf=is_weight)
     paths, boxes = zip(*leaves, strict=True)
-    with ThreadPoolExecutor(_READERS) as pool:
+    # processes have to run what changes weights in the same order
+    with ThreadPoolExecutor(1 if held and distributed.count() > 1 else _READERS) as pool:
         return jax.tree.unflatten(tree, pool.map(one, paths, boxes, jax.tree.leaves(shardings)))
 
 

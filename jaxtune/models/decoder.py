@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtune.attention import PREFIX, Past, Scores, after, attend, attend_past
+from jaxtune.attention import PREFIX, Past, Scores, after, attend_past
+from jaxtune.errors import UserError
+from jaxtune.kernels import attend
 from jaxtune.layers import (
+    REMAT_POLICIES,
     Embed,
     Head,
     Linear,
@@ -30,6 +33,7 @@ from jaxtune.layers import (
     rotate,
     stack,
 )
+from jaxtune.models import pipeline
 from jaxtune.models.heads import TaskHead
 from jaxtune.models.moe import Moe, balance
 from jaxtune.nodes.soft_prompt import Prefix
@@ -105,6 +109,7 @@ class DecoderConfig:
     vocab_rows: int = 0  # rows of the table, with padding; 0 is `vocab`
     groups: tuple[int, ...] = ()
     remat: str = "none"
+    attention: str = "xla"  # the kernel, see `kernels.kind`; what goes into a cache is computed by XLA
     dtype: str = "float32"
 
     @property
@@ -207,7 +212,8 @@ class Attention(nn.Module):
             o_BTNH = attend_past(q_BTNH, *new, where.segment_BT, past, scores, window)
             new = after(new[0], o_BTNH), after(new[1], o_BTNH)  # so that they are written over a past that was read
         else:
-            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window)
+            kernel = c.attention if own.cache is None else "xla"
+            o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window, c.windows, kernel)
         return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(
             o_BTNH
         ), None if own.cache is None else new
@@ -288,6 +294,8 @@ class Decoder(nn.Module):
         groups = c.groups or (c.layers,)
         prefix = embed.weight if isinstance(embed.weight, Prefix) else None
         begins = cache is None and prefix is not None
+        if begins and not keep and pipeline.stages() > 1:
+            raise UserError("mesh.stage: a prefix stands in every layer's past, which stages lack; take fsdp or tensor")
         if prefix is not None:
             position_BT = position_BT + prefix.tokens
             cache = prefix_cache(prefix, groups, ids_BT.shape[0], x_BTD.dtype) if cache is None else cache
@@ -300,8 +308,11 @@ class Decoder(nn.Module):
             here = slice(first, first + count)
             rope, window = (None if x is None else jnp.asarray(x[here]) for x in (rope_L, window_L))
             own = Own(cache.layers[name] if cache else () if keep else None, rope, window)
-            x_BTD, (layers[name], chose) = group(x_BTD, own, where)
-            routed.append(chose)
+            if pipeline.stages() > 1 and own.cache is None and not self.is_initializing():
+                x_BTD = self._staged(self.variables["params"][name], x_BTD, own, where)
+            else:
+                x_BTD, (layers[name], chose) = group(x_BTD, own, where)
+                routed.append(chose)
             first += count
         x_BTD = c.norm("norm")(x_BTD)
         if begins and cache is not None:
@@ -320,6 +331,20 @@ class Decoder(nn.Module):
         readout = Readout("btd,vd->btv" if c.tied else "btd,dv->btv", c.logit_scale, c.logit_softcap, c.vocab)
         head = embed.weight if c.tied else Head(c.dims, name="lm_head")()
         return Outputs(x_BTD, head, readout, loss), cache
+
+    def _staged(self, weights_L: Any, x_BTD: Array, own: Own, where: Where) -> Array:
+        """The layers as stages of a pipeline."""
+        block = Block(self.c, parent=None)
+
+        def layer(weights: Any, x_bTD: Array, own: Own, rest: Any) -> Array:
+            *tables, segment_bT = rest
+            tables_b = tuple(jnp.moveaxis(t, 1, 0) for t in tables)
+            return block.apply({"params": weights}, x_bTD, own, Where(tables_b, segment_bT, None))[0]
+
+        if (policy := REMAT_POLICIES[self.c.remat]) is not None:
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        by_row = (jnp.moveaxis(t, 1, 0) for t in where.tables)
+        return pipeline.run(layer, weights_L, x_BTD, own, (*by_row, where.segment_BT))
 
 
 def abstract_weights(c: DecoderConfig) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
-from jaxtune.layers import BATCH_AXES, Linear, Weight, parameter
+from jaxtune.layers import BATCH_AXES, Linear, Weight, parameter, time_axis
 from jaxtune.weights import Array, grouped
 
 _EXPERT = "expert"
@@ -46,7 +46,9 @@ class Experts(nn.Module):
         split = mesh.shape.get(_EXPERT, 1)
         if d["expert"] % split:
             split = 1  # the weights are copied, then; `sharding` has said so
-        rows = PartitionSpec(tuple(a for a in axes if a != _EXPERT or split == 1))
+        time = time_axis(x_BTD.shape[1])
+        manual = axes if time is None else (*axes, time)
+        rows = PartitionSpec(tuple(a for a in axes if a != _EXPERT or split == 1), time)
 
         def spread(x_BTD: Array, chosen_BTk: Array, share_BTk: Array, gate_up: Any, down: Any) -> Array:
             gate_up, down = (jax.tree.map(own_key, w) for w in (gate_up, down))
@@ -58,7 +60,7 @@ class Experts(nn.Module):
 
         def own_key(a: Any) -> Any:
             """A device's own dropout."""
-            return jax.random.fold_in(a, jax.lax.axis_index(axes)) if is_key(a) else a
+            return jax.random.fold_in(a, jax.lax.axis_index(manual)) if is_key(a) else a
 
         by_expert = PartitionSpec(_EXPERT) if split > 1 else PartitionSpec()
 
@@ -68,8 +70,8 @@ class Experts(nn.Module):
         return jax.shard_map(
             spread,
             in_specs=(rows, rows, rows, specs(gate_up), specs(down)),
-            out_specs=PartitionSpec(axes),
-            axis_names=set(axes),
+            out_specs=PartitionSpec(axes, time),
+            axis_names=set(manual),
             check_vma=False,
         )(x_BTD, chosen_BTk, share_BTk, gate_up, down)
 

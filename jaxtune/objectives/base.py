@@ -3,7 +3,8 @@
 The gradient of a chunk is taken while its logits are there (as Liger's fused linear cross-entropy does, Hsu et al.,
 2024, https://arxiv.org/abs/2410.10989), so nothing is computed twice, and the gradient of a frozen head not at all.
 
-Dimensions: B batch, T time, D embed, V vocab, C chunks, c time within a chunk.
+Dimensions: B batch, T time, D embed, V vocab, C chunks, c time within a chunk, P parts of the time on
+devices of their own, t time of a part.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.layers import Outputs, Readout
+from jaxtune.layers import Outputs, Readout, constrain, time_axis
 from jaxtune.weights import Array
 
 LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
@@ -45,16 +46,25 @@ def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
     """How many pieces the time axis goes in, for a chunk's logits to stay within LOGITS_BYTES on each device."""
     vocab = jax.eval_shape(lambda o: o.logits(o.hidden_BTD[:1, :1]), outputs).shape[-1]
     mesh = jax.sharding.get_abstract_mesh()
-    per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size)
-    return int(np.clip(-(-per_device // LOGITS_BYTES), 1, shape[1]))
+    per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size // mesh.shape.get("stage", 1))
+    return int(np.clip(-(-per_device // LOGITS_BYTES), 1, shape[1] // _parts(shape[1])))
+
+
+def _parts(T: int) -> int:
+    """Over how many devices the time is split."""
+    return 1 if (axis := time_axis(T)) is None else jax.sharding.get_abstract_mesh().shape[axis]
 
 
 def _split(x_BT: Array, chunks: int) -> Array:
-    """`[B, T, …]` as `[C, B, c, …]`, the batch axis left as it is sharded; padded with zeros."""
+    """`[B, T, …]` as `[C, B, c, …]`, batch and time left as they are sharded: a chunk has a piece of each device's part
+    of the time. Padded with zeros."""
     B, T = x_BT.shape[:2]
-    c = -(-T // chunks)
-    padded = jnp.pad(x_BT, [(0, 0), (0, c * chunks - T), *[(0, 0)] * (x_BT.ndim - 2)])
-    return jnp.moveaxis(padded.reshape(B, chunks, c, *x_BT.shape[2:]), 1, 0)
+    P, rest = _parts(T), x_BT.shape[2:]
+    c = -(-T // (P * chunks))
+    x_BPt = x_BT.reshape(B, P, T // P, *rest)
+    padded = jnp.pad(x_BPt, [(0, 0), (0, 0), (0, c * chunks - T // P), *[(0, 0)] * len(rest)])
+    x_CBc = jnp.moveaxis(padded.reshape(B, P, chunks, c, *rest), 2, 0).reshape(chunks, B, P * c, *rest)
+    return x_CBc if P == 1 else constrain(x_CBc, 1)
 
 
 class _Statistics(NamedTuple):

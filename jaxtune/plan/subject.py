@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, job, log, sharding
+from jaxtune import blueprint, config, job, kernels, log, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data.batches import Rows
@@ -20,7 +20,7 @@ from jaxtune.data.encode import Encoded
 from jaxtune.data.pipeline import Prepared
 from jaxtune.errors import UserError, nearest
 from jaxtune.job import Job
-from jaxtune.models import families
+from jaxtune.models import families, pipeline
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
@@ -72,6 +72,7 @@ def imagined(c: Config, devices: Any, layers: int | None = None) -> Job:
     if layers is not None:
         decoder = shortened(decoder, layers)
     mesh = sharding.make_mesh(c.mesh, devices)
+    sharding.check_length(mesh, c.data.max_length)
     drawn, tail = _blueprint(c, decoder, mesh)
     example = Encoded(np.zeros(c.data.max_length, np.int32), np.ones(c.data.max_length, bool), tail)
     rows = Rows([example], ["planned"], [[0]], c.data.max_length)
@@ -98,6 +99,12 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
     vocab = stored + len(c.vocabulary.add) + len(c.vocabulary.special)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=blueprint.table_rows(vocab, c.vocabulary.multiple))
     read = job.going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
+    attention = c.train.attention
+    if attention != "xla":
+        device = mesh.devices.flat[0]
+        attention = kernels.kind(
+            attention, device, decoder.head, c.train.compute_dtype, decoder.attention_softcap
+        ).name
     training = tuning_method.Training(c.train.steps or STEPS, c.optim, c.train)
     s = blueprint.sketch(
         decoder,
@@ -105,9 +112,13 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
         c.train.compute_dtype,
         c.train.remat,
         c.train.param_dtype,
+        attention=attention,
     )
-    where = sharding.shardings(s.weights, mesh, log.warn)
-    places = sharding.shardings(s.plain, mesh, lambda _: None)
+    if (stages := mesh.shape["stage"]) > 1:
+        pipeline.check(stages, decoder.layers, len(s.decoder.groups), decoder.experts)
+    table = sharding.rules(c.mesh)
+    where = sharding.shardings(s.weights, mesh, log.warn, table)
+    places = sharding.shardings(s.plain, mesh, lambda _: None, table)
     b = Blueprint(Path(c.model), s.decoder, s.method, s.plain, s.weights, s.labels, where, places, {}, {}, stored)
     return b, columns
 
