@@ -41,7 +41,9 @@ def plan(
     return [report(c, topology.parse(name, c.mesh.slices or 1), how, prices or {}, cache) for name in topologies]
 
 
-def report(c: Config, t: Any, how: How = "full", prices: Mapping[str, float] | None = None, cache: bool = True) -> Report:
+def report(
+    c: Config, t: Any, how: How = "full", prices: Mapping[str, float] | None = None, cache: bool = True
+) -> Report:
     """The report for one `topology.Topology`; see `plan`."""
     from jaxtune.plan import compiled, counting, estimate, rule, subject, topology
 
@@ -58,7 +60,10 @@ def report(c: Config, t: Any, how: How = "full", prices: Mapping[str, float] | N
         done, said = rule.by_rule(job), "by rule, not compiled"
     elif how == "fast" and layers > 3:
         two, three = (compiled.step(subject.imagined(c, devices, n), t, cache) for n in (2, 3))
-        done, said = compiled.extrapolated(two, three, layers), f"compiled with 2 and 3 of {layers} layers, and on from there"
+        done, said = (
+            compiled.extrapolated(two, three, layers),
+            f"compiled with 2 and 3 of {layers} layers, and on from there",
+        )
     else:
         done, said = compiled.step(job, t, cache), f"compiled, all {layers} layers"
     length = c.data.max_length

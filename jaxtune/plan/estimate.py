@@ -55,9 +55,7 @@ def seconds(t: Topology, r: Reading, kernel_flops: float) -> Seconds | None:
         return None
     work = sum(n / _rate(t.chip, dtype) for dtype, n in r.flops.items()) + kernel_flops / t.chip.rate("bfloat16")
     wire = sum(c.sent / bandwidth(t, c) for c in r.collectives)
-    return Seconds(
-        work / reached(t.chip), r.moved / t.chip.bandwidth / REACHED["memory"], wire / REACHED["network"]
-    )
+    return Seconds(work / reached(t.chip), r.moved / t.chip.bandwidth / REACHED["memory"], wire / REACHED["network"])
 
 
 def _rate(chip: Chip, dtype: str) -> float:

@@ -73,7 +73,7 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
                 dtype, n = _product(module, place, inner)
                 flops[dtype] += times * n
             elif inner.opcode == "custom-call":
-                if (found := re.search(r'custom_call_target="(tpu_custom_call|mosaic\w*|__gpu\$\w+)"', inner.rest)):
+                if found := re.search(r'custom_call_target="(tpu_custom_call|mosaic\w*|__gpu\$\w+)"', inner.rest):
                     kernels[_kernel_name(inner) or found[1]] += times
                     if cost := re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', inner.rest):
                         kernel_flops += times * int(cost[1])
@@ -157,7 +157,9 @@ def _cublas(module: Module, place: str, i: Instruction) -> float:
 
 
 def _kernel_name(i: Instruction) -> str | None:
-    found = re.search(r'kernel_name[\\"=: ]+([\w.]+)', i.rest) or re.search(r"/([\w.]*(?:mha|attention|flash)[\w.]*)", i.op_name)
+    found = re.search(r'kernel_name[\\"=: ]+([\w.]+)', i.rest) or re.search(
+        r"/([\w.]*(?:mha|attention|flash)[\w.]*)", i.op_name
+    )
     return found[1] if found else None
 
 

@@ -162,7 +162,9 @@ class Report:
         rows = c.train.batch_size // c.train.accumulation
         activations = self.compiled.peak - s.total
         if activations > self.over and rows > self.chips:
-            ways.append(f"train.accumulation={c.train.accumulation * 2} halves {log.size(activations)} beside the state")
+            ways.append(
+                f"train.accumulation={c.train.accumulation * 2} halves {log.size(activations)} beside the state"
+            )
         if c.train.remat in ("none", "dots"):
             ways.append("train.remat=full keeps only each layer's input")
         base = getattr(c.tuning, "base", None)

@@ -42,9 +42,12 @@ def by_rule(job: Job) -> Compiled:
     tokens = here * A / split / mesh.shape["stage"]
     work = tokens * (count.total + forward * again + count.attention / 3 * (remat == "dots"))
     passes = (2 + again) * A
-    moved = passes * weights * d.layers + 5.0 * (s.trained + s.optimiser) + A * here * d.layers * 2.0 * (
-        (24 + 8 * again) * d.embed + (6 + 3 * again) * (mlp + heads)
-    ) + 8.0 * A * here * d.rows / split
+    moved = (
+        passes * weights * d.layers
+        + 5.0 * (s.trained + s.optimiser)
+        + A * here * d.layers * 2.0 * ((24 + 8 * again) * d.embed + (6 + 3 * again) * (mlp + heads))
+        + 8.0 * A * here * d.rows / split
+    )
     sent = []
     axes = tuple(a for a in ("fsdp", "expert", "context") if mesh.shape[a] > 1)
     if gathers > 1:

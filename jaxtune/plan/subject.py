@@ -102,9 +102,7 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
     attention = c.train.attention
     if attention != "xla":
         device = mesh.devices.flat[0]
-        attention = kernels.kind(
-            attention, device, decoder.head, c.train.compute_dtype, decoder.attention_softcap
-        ).name
+        attention = kernels.kind(attention, device, decoder.head, c.train.compute_dtype, decoder.attention_softcap).name
     training = tuning_method.Training(c.train.steps or STEPS, c.optim, c.train)
     s = blueprint.sketch(
         decoder,

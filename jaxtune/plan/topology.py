@@ -59,9 +59,7 @@ def parse(name: str, slices: int = 1) -> Topology:
     kind = _NAMES.get(m[1], m[1]) if m else ""
     chip = next((c for c in chips.CHIPS if c.name == kind and c.whole_axis), None)
     if m is None or chip is None:
-        raise UserError(
-            f"topology {name!r} is not known; write one such as v5e-8, v6e:2x4, v5p:2x2x1, cpu:8 or gpu"
-        )
+        raise UserError(f"topology {name!r} is not known; write one such as v5e-8, v6e:2x4, v5p:2x2x1, cpu:8 or gpu")
     table = _FLAT if kind in ("v5e", "v6e") else _DEEP
     if m[2]:
         count = int(m[2]) // (2 if kind in _CORES else 1)
