@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 # ruff: noqa: I001
-from jaxtune.cli import run, use, data, models, recipes  # noqa: F401  (they add their verbs, in the order of --help)
+from jaxtune.cli import run, plan, use, data, models, recipes  # noqa: F401  (they add their verbs, in the order of --help)
 from jaxtune.cli.common import app
 from jaxtune.cli.recipes import recipe_folder
 from jaxtune.errors import Interrupted, UserError
