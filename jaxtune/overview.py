@@ -36,7 +36,7 @@ def introduce(job: Job, compiled: Any) -> None:
     if per_device is not None:
         state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
         memory = f"{log.size(state + rest)} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
-    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
+    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items() if n > 1)
     log.table(
         [
             ("model", f"{c.model if c.model == DEMO else b.folder.name}: {base:,} parameters"),
@@ -46,7 +46,7 @@ def introduce(job: Job, compiled: Any) -> None:
             *data.facts,
             ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
-            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
+            ("mesh", f"{axes or 'one device'}: {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
             ("compute", c.train.compute_dtype),
             ("memory", memory),
         ]
