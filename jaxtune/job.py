@@ -146,7 +146,7 @@ def prepare(c: Config) -> Job:
     """
     folder = model_folder(c.model)
     decoder = families.from_hf(blueprint.read_config(folder), str(folder / "config.json"))  # likely mistakes first
-    read = _going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
+    read = going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
     rows = max(decoder.vocab, (read.rows() or 0) if read is not None else 0)
     side = tokenizer_folder(folder, read)
     words = tokenizer.load(side)
@@ -171,7 +171,7 @@ def prepare(c: Config) -> Job:
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
-        folder, lambda d: _method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
+        folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
         c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
     )  # fmt: skip
     if read is not None:
@@ -189,6 +189,13 @@ def prepare(c: Config) -> Job:
     prefix = c.tuning.tokens if isinstance(c.tuning, config.Prefix) else 0
     if c.data.max_length + prefix > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
+    return assemble(c, data, words, b, mesh, steps, row_count)
+
+
+def assemble(
+    c: Config, data: Prepared, words: Any, b: Blueprint, mesh: jax.sharding.Mesh, steps: int, rows: int | None = None
+) -> Job:
+    """A job from its parts: with the optimiser, and the abstract state in its places."""
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
@@ -201,7 +208,7 @@ def prepare(c: Config) -> Job:
         jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
-    return Job(c, data, words, b, mesh, steps, row_count, state, tx)
+    return Job(c, data, words, b, mesh, steps, rows, state, tx)
 
 
 def check_evaluation(c: Config, data: Prepared) -> None:
@@ -262,7 +269,7 @@ def _tables_train(b: Blueprint) -> bool:
     return all(found != tuning_method.FROZEN for found in jax.tree.leaves(tables))
 
 
-def _going_on(t: config.Lora) -> adapters.Adapter | None:
+def going_on(t: config.Lora) -> adapters.Adapter | None:
     """The adapter to go on from, if there is one.
 
     Raises:
@@ -281,7 +288,7 @@ def _going_on(t: config.Lora) -> adapters.Adapter | None:
     return read
 
 
-def _method(
+def make_method(
     tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, training: tuning_method.Training
 ) -> tuning_method.Method:
     """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
@@ -350,6 +357,11 @@ class Steps:
 
 def compile_step(job: Job, length: int | None = None) -> Any:
     """The step that trains, compiled from shapes for rows of a length, the greatest where none is given."""
+    return lower_step(job, length).compile()
+
+
+def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
+    """The step that trains, before the compiler of the job's mesh has seen it."""
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
@@ -363,7 +375,7 @@ def compile_step(job: Job, length: int | None = None) -> Any:
     }
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
     with jax.set_mesh(job.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch).compile()
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch)
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
