@@ -34,7 +34,12 @@ def facts() -> dict[str, Any]:
 
 
 def record(file: Path, seed: int, start: int) -> None:
-    """Append to a JSON list: one entry for each time that a run starts or goes on with something changed."""
+    """Append to a JSON list: one entry for each time that a run starts or goes on with something changed.
+
+    The first process writes for all.
+    """
+    if jax.process_index():
+        return
     entry = {**facts(), "seed": seed}
     try:
         entries = json.loads(file.read_text()) if file.exists() else []

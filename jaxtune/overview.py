@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import config, log
+from jaxtune import chips, config, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
@@ -35,7 +35,9 @@ def introduce(job: Job, compiled: Any) -> None:
     memory = "not known here"
     if per_device is not None:
         state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
-        memory = f"{log.size(state + rest)} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
+        chip = chips.of(job.mesh.devices.flat[0].device_kind)
+        there = f" of {log.size(chip.memory)}" if chip is not None else ""
+        memory = f"{log.size(state + rest)}{there} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
     axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items() if n > 1)
     log.table(
         [

@@ -75,7 +75,7 @@ def test_shellcheck_finds_nothing(script):
 
 
 def test_a_dry_run_prints_what_it_would_run(files):
-    out = pod("watch", "train.steps=3", "data.prompt=it's {x}; rm -r /", DRY_RUN=1, DATA="a.jsonl b.jsonl", **files)
+    out = pod("watch", "train.steps=3", "data.prompt=it's {x}; touch spilt", DRY_RUN=1, DATA="a.jsonl b.jsonl", **files)
     assert out.returncode == 0, out.stderr
     create, install, make, config, data, run, look = out.stdout.splitlines()
     assert shlex.split(create) == [
@@ -101,8 +101,15 @@ def test_a_dry_run_prints_what_it_would_run(files):
     fake.chmod(0o755)
     subprocess.run(["bash", "-c", f"{script}; wait"], env={**os.environ, "HOME": str(home)}, check=True)
     args = (home / "job" / "args").read_text().splitlines()
-    assert args == ["train", "run.yaml", f"output={home}/runs/tune", "train.steps=3", "data.prompt=it's {x}; rm -r /"]
+    assert args == [
+        "train",
+        "run.yaml",
+        f"output={home}/runs/tune",
+        "train.steps=3",
+        "data.prompt=it's {x}; touch spilt",
+    ]
     assert (home / "job" / "code").read_text() == "75\n"
+    assert not (home / "job" / "spilt").exists()
 
 
 @pytest.mark.parametrize(
