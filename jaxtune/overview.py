@@ -37,7 +37,8 @@ def introduce(job: Job, compiled: Any) -> None:
         state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
         chip = chips.of(job.mesh.devices.flat[0].device_kind)
         there = f" of {log.size(chip.memory)}" if chip is not None else ""
-        memory = f"{log.size(state + rest)}{there} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
+        parts = f"{log.size(state)} state and batch, {log.size(rest)} temporary"
+        memory = f"{log.size(state + rest)}{there} per device ({parts})"
     axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items() if n > 1)
     log.table(
         [
