@@ -20,7 +20,9 @@ GCLOUD = r"""#!/usr/bin/env bash
 next() { head -n 1 "$PLAY/$1"; [[ $(wc -l < "$PLAY/$1") -le 1 ]] || sed -i 1d "$PLAY/$1"; }
 words="$*"
 case $words in
+  *"queued-resources describe rare"*) [[ $(grep -c create "$PLAY/done") -gt 2 ]] && echo ACTIVE || echo FAILED ;;
   *"queued-resources describe"*) echo ACTIVE ;;
+  *"queued-resources create forbidden"*) exit 1 ;;
   *"tpu-vm describe"*)
     echo describe >> "$PLAY/asked"
     now=$(next states)
@@ -80,17 +82,18 @@ def test_a_dry_run_prints_what_it_would_run(files):
     create, install, make, config, data, run, look = out.stdout.splitlines()
     assert shlex.split(create) == [
         *"gcloud compute tpus queued-resources create tune-queue --node-id=tune".split(),
-        *"--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot --project=p --zone=z".split(),
+        *"--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot".split(),
+        *"--project=p --zone=z --quiet".split(),
     ]
     for line in (install, make, config, data, run, look):
         assert "--worker=all" in line
-        assert line.endswith("--project=p --zone=z ")
+        assert line.endswith("--project=p --zone=z --quiet ")
     assert "mkdir" in make
     assert shlex.split(config)[5] == str(files["CONFIG"])
     assert shlex.split(data)[5:8] == ["a.jsonl", "b.jsonl", "tune:job/"]
     # what the workers' shells make of it: the words arrive as they were given
     script = subprocess.run(
-        ["bash", "-c", f'set -- {run}; printf %s "${{@: -3:1}}"'], check=True, capture_output=True, text=True
+        ["bash", "-c", f'set -- {run}; printf %s "${{@: -4:1}}"'], check=True, capture_output=True, text=True
     ).stdout.removeprefix("--command=")
     assert script.startswith("NAME=tune;")
     home = files["CONFIG"].parent / "home"
@@ -179,6 +182,19 @@ def test_crashes_are_bounded_and_a_dead_run_is_one(play):
     assert done.count("run") == 3
     assert ended.returncode == 1
     assert "ended with 134, 3 times" in ended.stderr
+
+
+def test_a_slice_that_nobody_may_have_is_not_asked_for_for_ever(play):
+    done, ended = play(["NOT_FOUND"], ["none"], CRASHES=2, NAME="forbidden")
+    assert done == ["delete", "delete"]
+    assert ended.returncode == 1
+    assert "no slice can be asked for, 2 times" in ended.stderr
+
+
+def test_a_request_that_fails_is_made_again(play):
+    done, ended = play(["NOT_FOUND", "NOT_FOUND", "NOT_FOUND", "READY"], ["0"], CRASHES=2, NAME="rare")
+    assert done.count("create") == 3
+    assert ended.returncode == 0
 
 
 def test_a_question_that_fails_costs_no_slice(play):

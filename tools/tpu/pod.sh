@@ -91,7 +91,7 @@ create() {
     [[ $DRY_RUN == 1 ]] || now=$(queue describe --format='value(state.state)')
     case $now in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED) say "the request for $NAME is $now"; return 1 ;;
+      FAILED | SUSPENDING | SUSPENDED) say "the request for $NAME is $now"; return 75 ;;
     esac
     say "$NAME: $now"
     sleep "$POLL"
@@ -99,7 +99,7 @@ create() {
 }
 
 delete() {
-  if [[ $QUEUE == 1 ]]; then queue delete --force --quiet; else tpu delete --quiet; fi
+  if [[ $QUEUE == 1 ]]; then queue delete --force; else tpu delete; fi
 }
 
 # shellcheck disable=SC2016,SC2034  # the scripts are for the shell there, and so are the values given to them
@@ -176,12 +176,17 @@ status() { # of the run on all workers: running, none, dead, or the exit code to
   else echo 0; fi
 }
 
+crashed() { # counts; the last of so many in a row ends it
+  [[ $((++crashes)) -lt $CRASHES ]] || { say "$1, $crashes times: see above, and pod.sh logs"; exit 1; }
+}
+
 watch() {
   if [[ $DRY_RUN == 1 ]]; then
     create && install && push && run "$@" && status
     return
   fi
-  local crashes=0 first=1 found
+  local first=1 found
+  crashes=0
   while true; do
     case $(state) in
       READY) found=$(status) ;;
@@ -189,8 +194,11 @@ watch() {
       *)
         say "$NAME: asks for a slice"
         "$0" delete 2> /dev/null || true # what is left of the last one
-        "$0" create || { sleep "$POLL"; continue; }
-        found=none ;;
+        if "$0" create; then found=none; else
+          [[ $? == 75 ]] || crashed 'no slice can be asked for' # 75: there was none this time
+          sleep "$POLL"
+          continue
+        fi ;;
     esac
     [[ $first == 0 || $found == running || $found == unreachable ]] || found=none # of an earlier call
     case $found in
@@ -199,11 +207,11 @@ watch() {
       running | unreachable) first=0; sleep "$POLL"; continue ;;
       75) crashes=0 ;;
       none) ;;
-      *) [[ $((++crashes)) -lt $CRASHES ]] || { say "ended with $found, $crashes times: see pod.sh logs"; exit 1; } ;;
+      *) crashed "the run ended with $found" ;;
     esac
     say "$NAME: starts (it ended with: $found)"
     if "$0" install && "$0" push && "$0" run "$@"; then first=0; else
-      [[ $((++crashes)) -lt $CRASHES ]] || { say 'cannot be started'; exit 1; }
+      crashed 'the run cannot be started'
       sleep "$POLL"
     fi
   done
@@ -218,5 +226,5 @@ for needed in PROJECT ZONE NAME TYPE; do [[ -n ${!needed:-} ]] || die "set $need
 [[ $NAME =~ ^[a-z][a-z0-9-]*$ ]] || die "NAME $NAME: small letters, digits and dashes"
 case $verb in install | watch) [[ -n $BUCKET ]] || die 'set BUCKET, where the run folder is kept' ;; esac
 case $verb in push | watch) [[ -f $CONFIG ]] || die "CONFIG '$CONFIG': no such file" ;; esac
-place=(--project="$PROJECT" --zone="$ZONE")
+place=(--project="$PROJECT" --zone="$ZONE" --quiet)
 "$verb" "$@"
