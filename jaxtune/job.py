@@ -22,6 +22,7 @@ import optax
 
 from jaxtune import blueprint, config, distributed, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
+from jaxtune.clock import Clock
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
 from jaxtune.data.pipeline import Batch, Prepared
@@ -357,14 +358,22 @@ def own_rows(job: Job) -> frozenset[int] | None:
 class Steps:
     """The very step that trains, compiled once for each length of rows that there is."""
 
-    def __init__(self, job: Job, longest: Any) -> None:
+    def __init__(self, job: Job, longest: Any, clock: Clock) -> None:
         self.job, self._compiled = job, {job.data.train.length: longest}
+        self._clock, self._last = clock, None
 
     def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
         T = batches["ids_BT"].shape[-1]
         if T not in self._compiled:
-            self._compiled[T] = compile_step(self.job, T)
-        return self._compiled[T](state, batches)
+            with self._clock.on("compile"):
+                self._compiled[T] = compile_step(self.job, T)
+        done = self._compiled[T](state, batches)
+        self._last = done[1]["loss"]
+        return done
+
+    def busy(self) -> bool:
+        """Whether the devices still work on a step."""
+        return self._last is not None and not self._last.is_ready()
 
 
 def compile_step(job: Job, length: int | None = None) -> Any:

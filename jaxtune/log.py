@@ -117,7 +117,18 @@ def sample(runs: Sequence[tuple[str, bool]], limit: int = 1500) -> None:
 class RunLog:
     """The log of a run folder. Lines past `start` (of a run that was killed) are dropped."""
 
-    def __init__(self, folder: Path, start: int, total: int, metric: str = "loss") -> None:
+    def __init__(
+        self, folder: Path, start: int, total: int, metric: str = "loss", devices: int = 1, peak: float | None = None
+    ) -> None:
+        """Args:
+        folder: the run folder.
+        start: steps taken before.
+        total: steps of the whole run.
+        metric: the score that is always shown.
+        devices: how many train.
+        peak: what all of them can do together in FLOP/s, dense in bfloat16; None where that is not known.
+        """
+        self.devices, self.peak = devices, peak
         self.folder, self.total, self.start, self.metric = folder, total, start, metric
         self.file = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,23 +138,43 @@ class RunLog:
         self._events: Any = None
         self._began, self._done, self._open = time.perf_counter(), 0, False
         self._idle_until = self._began
-        self._ticks: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._ticks: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)
 
-    def step(self, n: int, values: Mapping[str, float], tokens: int, write: bool) -> None:
-        """After step `n`: `tokens` were read; a line is written where `write` says so, the live line always moves."""
+    def step(
+        self,
+        n: int,
+        values: Mapping[str, float],
+        tokens: int,
+        write: bool,
+        flops: float = 0.0,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """After step `n`: `tokens` were read; a line is written where `write` says so, the live line always moves.
+
+        `flops` are the useful ones of the step (`jaxtune.plan.counting`): those of padding and of what the backward
+        pass computes again do not count. `seconds` is where the time of the run went up to here.
+        """
         now = time.perf_counter()
         self._done += 1
-        self._ticks.append((now, tokens))
+        self._ticks.append((now, tokens, flops))
         eta = (now - self._began) / self._done * (self.total - n)
         began = self._ticks[0][0] if len(self._ticks) > 1 else self._idle_until
-        rate = sum(t for _, t in list(self._ticks)[len(self._ticks) > 1 :]) / max(now - began, 1e-9)
+        took, counted = max(now - began, 1e-9), list(self._ticks)[len(self._ticks) > 1 :]
+        rate = sum(t for _, t, _ in counted) / took
+        speed = {"tokens_per_second": rate}
+        if self.devices > 1:
+            speed["tokens_per_second_per_device"] = rate / self.devices
+        if self.peak:
+            speed["mfu"] = sum(f for _, _, f in counted) / took / self.peak
         if write:
-            self.write(n, {**values, "tokens_per_second": rate})
+            self.write(n, {**values, **speed}, seconds)
         if write or self._live:
-            self._show(n, values["loss"], rate, eta, final=write)
+            self._show(n, values["loss"], speed, eta, final=write)
 
-    def _show(self, n: int, loss: float, rate: float, eta: float, final: bool) -> None:
-        line = f"step {n}/{self.total}  loss {loss:.4f}  {rate:,.0f} tokens/s  {duration(eta)} left"
+    def _show(self, n: int, loss: float, speed: Mapping[str, float], eta: float, final: bool) -> None:
+        used = f"  {100 * speed['mfu']:.1f} % MFU" if "mfu" in speed else ""
+        rate, left = f"{speed['tokens_per_second']:,.0f} tokens/s", f"{duration(eta)} left"
+        line = f"step {n}/{self.total}  loss {loss:.4f}  {rate}{used}" + (f"  {left}" if n < self.total else "")
         if not self._live:
             return say(line)
         sys.stdout.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
@@ -169,9 +200,11 @@ class RunLog:
         """A line of its own, not in the live one."""
         say(("\r\x1b[K" if self._live else "") + text)
 
-    def write(self, n: int, values: Mapping[str, float]) -> None:
-        """Append to metrics.jsonl and to the TensorBoard events."""
-        entry = {"step": n, **{k: round(float(v), 8) for k, v in values.items()}}
+    def write(self, n: int, values: Mapping[str, float], seconds: Mapping[str, float] | None = None) -> None:
+        """Append to metrics.jsonl and to the TensorBoard events; `seconds`, where time went, to the former alone."""
+        entry: dict[str, Any] = {"step": n, **{k: round(float(v), 8) for k, v in values.items()}}
+        if seconds is not None:
+            entry["seconds"] = dict(seconds)
         self.history.append(entry)
         if _HUSHED:
             return

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import config, kernels, log
+from jaxtune import chips, config, kernels, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
@@ -35,8 +35,11 @@ def introduce(job: Job, compiled: Any) -> None:
     memory = "not known here"
     if per_device is not None:
         state, rest = per_device.argument_size_in_bytes, per_device.temp_size_in_bytes
-        memory = f"{log.size(state + rest)} per device ({log.size(state)} state and batch, {log.size(rest)} temporary)"
-    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items())
+        chip = chips.of(job.mesh.devices.flat[0].device_kind)
+        there = f" of {log.size(chip.memory)}" if chip is not None else ""
+        parts = f"{log.size(state)} state and batch, {log.size(rest)} temporary"
+        memory = f"{log.size(state + rest)}{there} per device ({parts})"
+    axes = ", ".join(f"{a} {n}" for a, n in job.mesh.shape.items() if n > 1)
     log.table(
         [
             ("model", f"{c.model if c.model == DEMO else b.folder.name}: {base:,} parameters"),
@@ -46,7 +49,7 @@ def introduce(job: Job, compiled: Any) -> None:
             *data.facts,
             ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
-            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
+            ("mesh", f"{axes or 'one device'}: {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
             ("compute", c.train.compute_dtype),
             ("attention", _attention(job)),
             ("memory", memory),

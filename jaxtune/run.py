@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, distributed, log, measuring, optim, overview, sharding
+from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
+from jaxtune.clock import Clock, carried, shares
 from jaxtune.config import Config
 from jaxtune.data.batches import Batch, Batches
 from jaxtune.data.streaming import Streamed
@@ -37,6 +39,8 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
+from jaxtune.plan.counting import flops_per_token
+from jaxtune.profiling import Profile
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 
@@ -52,18 +56,19 @@ def train(c: Config) -> Path:
     """
     distributed.initialize()
     use_compile_cache()
+    clock = Clock()
     out = Path(c.output)
     with _told_to_stop() as told, distributed.watching() as watched:
         job = prepare(c)
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
         with _alone(out):
-            _train(job, out, told, watched)
+            _train(job, out, told, watched, clock)
         distributed.wait("all is written")
     return out
 
 
-def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], Any]) -> None:
+def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], Any], clock: Clock) -> None:
     c = job.config
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
@@ -79,10 +84,12 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
         log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
         return checkpoints.close()
     log.write_whole(out / CONFIG, config.dump(c))
+    environment.record(out / "environment.json", c.train.seed, start)
     with ThreadPoolExecutor(1) as pool, jax.set_mesh(job.mesh):
         compiling = pool.submit(compile_step, job)
         boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))
-        compiled = compiling.result()
+        with clock.on("compile"):
+            compiled = compiling.result()
         trainable, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
         del boxes
         batches = job.data.train.batches(c.train.batch_size, seed=c.train.seed, row_count=job.rows, own=own_rows(job))
@@ -101,12 +108,18 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
         del frozen
         overview.introduce(job, compiled)
         try:
-            weights = _loop(job, state, watched(Steps(job, compiled)), batches, checkpoints, start, about, told)
+            with clock.on("steps"):
+                steps = Steps(job, compiled, clock)
+                weights = _loop(job, state, steps, watched, batches, checkpoints, start, about, told, clock)
         finally:
             batches.close()
-            checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
+            with clock.on("checkpoint"):
+                checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
         weights = _to_write(job, weights)
-    export(job, weights)
+    with clock.on("export"):
+        export(job, weights)
+    spent = clock.seconds()
+    log.say(f"took {log.duration(sum(spent.values()))}: {shares(spent)}")
 
 
 def _to_write(job: Job, weights: Tree) -> Tree:
@@ -120,42 +133,66 @@ def _to_write(job: Job, weights: Tree) -> Tree:
 def _loop(
     job: Job,
     state: State,
-    compiled: Any,
+    compiled: Steps,
+    watched: Callable[[Any], Any],
     batches: Batches | Streamed,
     checkpoints: Checkpoints,
     start: int,
     about: dict[str, Any],
     told: threading.Event,
+    clock: Clock,
 ) -> Tree:
     """The loop with its log, evaluations, checkpoints and signals. Returns the weights to export."""
     c, held = job.config, job.data.validation
-    runlog = log.RunLog(Path(c.output), start, job.steps, c.evaluate.metric)
+    out, kind = Path(c.output), job.mesh.devices.flat[0].device_kind
+    clock.add(carried(log.read_metrics(out / "metrics.jsonl"), start))
+    chip = chips.of(kind)
+    peak = chip.rate("bfloat16") * job.mesh.size if chip is not None else None
+    runlog = log.RunLog(out, start, job.steps, c.evaluate.metric, job.mesh.size, peak)
+    if start:
+        runlog.write(start, {}, clock.seconds())
+    cost = functools.cache(lambda length: flops_per_token(job.blueprint, length))
     rate = optim.schedule(c.optim, job.steps)
     measure = measuring.make(job)
-    best = Best(Path(c.output), c.evaluate, runlog.history, start) if held is not None else None
+    best = Best(out, c.evaluate, runlog.history, start) if held is not None else None
 
     def on_log(n: int, values: dict[str, float], batch: Batch) -> None:
         write = n % c.train.log_every == 0 or n in (1, job.steps)
         learning_rate = float(rate(n - 1)) if write else 0.0
-        runlog.step(n, {**values, "learning_rate": learning_rate}, batch.tokens, write)
+        flops = batch.tokens * cost(batch.columns["ids_BT"].shape[1]) if chip is not None else 0.0
+        values = {**values, "learning_rate": learning_rate}
+        runlog.step(n, values, batch.tokens, write, flops, clock.seconds())
 
     def on_evaluate(n: int, state: State) -> None:
         if best is None or any(m["step"] == n and "eval_loss" in m for m in runlog.history):
             return
-        trained = optim.averaged(state.optimiser, state.trainable)
-        runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
-        best.see(n, trained)
+        with clock.on("evaluate"):
+            trained = optim.averaged(state.optimiser, state.trainable)
+            runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
+            best.see(n, trained)
 
     def on_save(n: int, state: State) -> None:
-        checkpoints.save(n, state.saved(), batches.state, about)
+        with clock.on("checkpoint"):
+            checkpoints.save(n, state.saved(), batches.state, about)
+        runlog.write(n, {}, clock.seconds())
+
+    def waited() -> Iterator[Batch]:
+        while True:
+            with clock.on("input", unless=compiled.busy):
+                batch = next(batches)
+            yield batch
 
     with contextlib.ExitStack() as closing:
+        step: Any = watched(compiled)
         closing.enter_context(contextlib.closing(runlog))
         if best is not None:
             closing.enter_context(contextlib.closing(best))
         if (choice := job.blueprint.method.choice) is not None:
-            record = closing.enter_context(contextlib.closing(Allocation(Path(c.output), start, choice)))
-            compiled = record.watching(compiled)
+            record = closing.enter_context(contextlib.closing(Allocation(out, start, choice)))
+            step = record.watching(step)
+        if c.train.profile is not None:
+            profile = Profile(out / "profile", c.train.profile, start, job.steps)
+            step = closing.enter_context(contextlib.closing(profile)).watching(step)
         if not start:
             on_evaluate(0, state)
         hooks = Hooks(on_log, on_evaluate, on_save, lambda: told.is_set() or (best is not None and best.hopeless))
@@ -163,8 +200,8 @@ def _loop(
         put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * hooks.stop())
         state, n = loop(
             state,
-            compiled,
-            batches,
+            step,
+            waited(),
             put,
             start,
             job.steps,

@@ -1,4 +1,4 @@
-"""Verbs that take a config: train, validate, import-config, config-schema."""
+"""Verbs that take a config: train, validate, env, import-config, config-schema."""
 
 import json
 import math
@@ -35,6 +35,15 @@ def validate(arguments: Pairs = None) -> None:
         jax.config.update("jax_num_cpu_devices", devices)  # the mesh is that of another machine
     log.table(overview.validate(c))
     log.say("valid")
+
+
+@app.command()
+def env() -> None:
+    """Print versions, devices and compiler flags, for a bug report."""
+    from jaxtune import environment, job
+
+    job.use_compile_cache()
+    log.say(json.dumps(environment.facts(), indent=1))
 
 
 @app.command("import-config")

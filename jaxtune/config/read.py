@@ -20,7 +20,7 @@ from jaxtune.errors import UserError, nearest
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1e-4 as a number and duplicate keys as errors."""
+    """YAML with 1e-4 as a number, 10:13 as text, and duplicate keys as errors."""
 
 
 _Loader.add_implicit_resolver(
@@ -28,6 +28,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
+for _first in "-+0123456789":  # YAML 1.1 reads 10:13 as 10 × 60 + 13
+    _sixty = ("tag:yaml.org,2002:str", re.compile(r"^[-+]?\d[\d_]*(?::[0-5]?\d)+(?:\.\d*)?$"))
+    _Loader.yaml_implicit_resolvers[_first].insert(0, _sixty)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict:

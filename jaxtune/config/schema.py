@@ -189,7 +189,7 @@ class Train(Strict):
     spike: float | None = Field(6.0, gt=0)
     """Warn of a loss so many standard deviations above its running mean; null does not."""
     profile: str | None = Field(None, pattern=r"^\d+:\d+$")
-    """Write a trace of these steps, such as 10:13, for xprof into the run folder's `profile/`."""
+    """Write a trace of these steps, such as 10:13 (both are in it), for xprof into the run folder's `profile/`."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of adapters, dropout, the shuffle and the split."""
     log_every: int = Field(10, ge=1)
@@ -203,6 +203,13 @@ class Train(Strict):
     router_loss: float | None = Field(None, ge=0)
     """Weight of the load-balancing loss of a mixture of experts; where not given, the model's own
     router_aux_loss_coef if its config sets output_router_logits, else 0."""
+
+    @model_validator(mode="after")
+    def _profile_rises(self) -> "Train":
+        first, last = map(int, (self.profile or "1:1").split(":"))
+        if not 1 <= first <= last:
+            raise ValueError(f"profile {self.profile}: the first step is 1, and the last not before the first")
+        return self
 
 
 class Vocabulary(Strict):
