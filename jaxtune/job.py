@@ -191,7 +191,7 @@ def prepare(c: Config) -> Job:
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
-    where = sharding.optimiser_shardings(tx, trainable, mesh)
+    where = sharding.optimiser_shardings(tx, trainable, mesh, c.optim.offload)
     scalar = sharding.replicated(mesh)
     state = State(
         trainable,
@@ -353,6 +353,8 @@ def compile_step(job: Job, length: int | None = None) -> Any:
         for name, x in job.data.train.empty_row(length or job.data.train.length).items()
     }
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
+    if c.optim.offload:
+        step = optim.one_at_a_time(step, out[0])
     with jax.set_mesh(job.mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch).compile()
 
