@@ -21,7 +21,7 @@ from jaxtune.weights import path_name
 # compared by what they hold, not by where they lie.
 _FREE = (
     "output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat",
-    "optim.learning_rate", "optim.clip", "template", "versions",
+    "optim.learning_rate", "optim.clip", "optim.offload", "template", "versions",
 )  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def assemble(
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)
-    where = sharding.optimiser_shardings(tx, trainable, mesh)
+    where = sharding.optimiser_shardings(tx, trainable, mesh, c.optim.offload)
     scalar = sharding.replicated(mesh)
     state = State(
         trainable,
@@ -388,6 +388,8 @@ def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
     b = job.blueprint
     step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
+    if c.optim.offload:
+        step = optim.one_at_a_time(step, out[0])
     with jax.set_mesh(job.mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments(job, length))
 

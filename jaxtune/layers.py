@@ -24,10 +24,15 @@ from jaxtune.attention import NEVER
 from jaxtune.weights import Array, einsum, is_node, platform, take
 
 BATCH_AXES = ("data", "fsdp", "expert")  # mesh axes over which a batch is split
+LAYER_INPUT = "layer_input"  # what remat "offload" keeps on the host
 REMAT_POLICIES: Mapping[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device", offload_dst="pinned_host",
+    ),
 }
 _GROUP = re.compile(r"^layers_(\d+)-(\d+)/")
 _UNROLL = 8  # layers that a loop on CPU takes at once: XLA there copies what a loop carries

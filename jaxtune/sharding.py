@@ -13,6 +13,7 @@ from jaxtune.errors import UserError, nearest
 from jaxtune.layers import BATCH_AXES, Weight, is_weight
 from jaxtune.weights import owner, path_name
 
+HOST = "pinned_host"  # the kind of memory that optimiser state is offloaded to
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {  # logical axis of a weight -> the mesh axes that split it, the outer one first
@@ -185,12 +186,20 @@ def shardings(weights: Any, mesh: jax.sharding.Mesh, warn: Callable[[str], None]
     return tree
 
 
-def optimiser_shardings(tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh) -> Any:
+def optimiser_shardings(
+    tx: optax.GradientTransformation, trainable: Any, mesh: jax.sharding.Mesh, offload: bool = False
+) -> Any:
     """Optimiser state lies where its parameter lies; factored and scalar state is copied.
 
     A leaf belongs to the parameter with whose path its own ends. It may hold fewer layers of it, which are not split.
-    `trainable` has abstract leaves with shardings.
+    `trainable` has abstract leaves with shardings. With `offload` what is as large as its parameter lies in the host's
+    memory, see `optim.one_at_a_time`; the rest is small.
+
+    Raises:
+      UserError: state is to be offloaded, and the devices' host has no memory that they can reach.
     """
+    if offload:
+        check_host_memory(mesh)
     own = {path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(trainable)}
 
     def one(path: tuple, s: Any) -> Any:
@@ -199,6 +208,22 @@ def optimiser_shardings(tx: optax.GradientTransformation, trainable: Any, mesh: 
             return replicated(mesh)
         p = own[name]
         layers = s.ndim == p.ndim and s.shape[1:] == p.shape[1:] and name.startswith("layers_")
-        return p.sharding if s.shape == p.shape or layers else replicated(mesh)
+        if not (s.shape == p.shape or layers):
+            return replicated(mesh)
+        return p.sharding.with_memory_kind(HOST) if offload else p.sharding
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))
+
+
+def check_host_memory(mesh: jax.sharding.Mesh) -> None:
+    """Look whether the devices of a mesh reach memory of their host.
+
+    Raises:
+      UserError: they do not.
+    """
+    device = mesh.devices.flat[0]
+    if HOST not in (kinds := [m.kind for m in device.addressable_memories()]):
+        raise UserError(
+            f"optim.offload: {device.device_kind} has memory of the kinds {', '.join(kinds)} and none of its host's "
+            f"({HOST}); leave optim.offload out"
+        )

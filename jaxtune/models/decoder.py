@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.attention import PREFIX, Past, Scores, after, attend_past
 from jaxtune.errors import UserError
 from jaxtune.kernels import attend
 from jaxtune.layers import (
+    LAYER_INPUT,
     REMAT_POLICIES,
     Embed,
     Head,
@@ -257,6 +259,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Array, own: Own, where: Where) -> tuple[Array, tuple[Any, Any]]:
         c, names = self.c, NORMS[self.c.norms]
+        x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
 
         def norm(name: str | None, x_BTD: Array) -> Array:
             return x_BTD if name is None else c.norm(name)(x_BTD)

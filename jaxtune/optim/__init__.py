@@ -15,8 +15,9 @@ from jaxtune.optim import groups
 from jaxtune.optim.average import averaged, averaging
 from jaxtune.optim.muon import scale_by_muon
 from jaxtune.optim.narrow import narrowed, scale_by_adam8bit
+from jaxtune.optim.offload import one_at_a_time
 
-__all__ = ["averaged", "averaging", "make", "schedule"]
+__all__ = ["averaged", "averaging", "make", "one_at_a_time", "schedule"]
 
 Tree = Any
 Within = Callable[[optax.GradientTransformation, Tree], optax.GradientTransformation]

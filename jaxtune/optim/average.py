@@ -47,11 +47,18 @@ def averaging(tx: optax.GradientTransformation, decay: float) -> optax.GradientT
 
 
 def averaged(state: Any, trainable: Tree) -> Tree:
-    """The weights to measure and to export: the optimiser's average where it keeps one, else `trainable` itself."""
+    """The weights to measure and to export: the optimiser's average where it keeps one, else `trainable` itself.
+
+    They lie where `trainable` does, also where the optimiser's state is offloaded. Arrays, not within a jitted function.
+    """
+
+    def near(tree: Tree) -> Tree:
+        return jax.tree.map(lambda m, w: jax.device_put(m, w.sharding), tree, trainable)
+
     if isinstance(state, AverageState):
-        return jax.tree.map(lambda m, w: m.astype(w.dtype), state.mean, trainable)
+        return jax.tree.map(lambda m, w: m.astype(w.dtype), near(state.mean), trainable)
     if found := _schedule_free(state):
-        return contrib.schedule_free_eval_params(found[0], trainable)
+        return contrib.schedule_free_eval_params(found[0]._replace(z=near(found[0].z)), trainable)
     return trainable
 
 
