@@ -99,7 +99,7 @@ def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
     def full(*a, **k):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(c._manager, "save", full)
+    monkeypatch.setattr(c._orbax, "save", full)
     with pytest.raises(UserError, match="cannot save a checkpoint .*earlier ones are kept; make room"):
         c.save(1, state(1), {}, ABOUT)
 
