@@ -1,8 +1,8 @@
 """Checkpoints: what trains, the optimiser, the step, the key and the data position, through Orbax.
 
-A step is either whole or not there: Orbax writes it beside its place, a manifest of all its files is added, and only then
-it gets its name; all that goes on behind the training. A step whose files are no longer those of its manifest is named
-and left out for the one before. Frozen weights are not saved: they are read from the model folder again.
+A step is either whole or not there: Orbax writes it beside its place, a manifest of all its files is added, and only
+then it gets its name; all that goes on behind the training. A step whose files are no longer those of its manifest is
+named and left out for the one before. Frozen weights are not saved: they are read from the model folder again.
 
 Names in the folder: `9` a whole step, `9.saving…` one that is being written, `9.bad` one that was left out, which stays
 until a later step is whole, and `9.gone` one that is being deleted.

@@ -1,8 +1,8 @@
 """The manifest of a folder: size and hash of each of its files, written last, by which damage is seen.
 
-Orbax says of a folder that its saving was finished, not that its bytes are still those: a bit that flips on the disk is
-restored as if nothing were. Hashes are xxh3 (128 bits), which are as fast as the disk; they guard against accidents, not
-against forgers.
+Orbax says of a folder that its saving was finished, not that its bytes are still those: a bit that flips on the disk
+is restored as if nothing were. Hashes are xxh3 (128 bits), which are as fast as the disk; they guard against accidents,
+not against forgers.
 """
 
 import json

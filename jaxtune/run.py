@@ -5,6 +5,7 @@
 
 import contextlib
 import fcntl
+import functools
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, config, log, measuring, optim, overview, sharding
+from jaxtune import blueprint, config, distributed, log, measuring, optim, overview, sharding
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
@@ -24,6 +25,7 @@ from jaxtune.data.batches import Batch, Batches
 from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.export import export
+from jaxtune.guards import Guards
 from jaxtune.job import (
     CHECKPOINTS,
     CONFIG,
@@ -36,10 +38,12 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
+from jaxtune.saving import Saver
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
+SAVE_NOW, STOP = "SAVE_NOW", "STOP"  # files in the run folder: save after this step and go on, or leave
 
 
 def train(c: Config) -> Path:
@@ -96,11 +100,16 @@ def _train(job: Job, out: Path, told: threading.Event) -> None:
         del frozen
         overview.introduce(job, compiled)
         try:
-            weights = _loop(job, state, Steps(job, compiled), batches, checkpoints, start, about, told)
+            weights, unsaved = _loop(job, state, Steps(job, compiled), batches, checkpoints, start, about, told)
         finally:
             batches.close()
             checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
-        export(job, weights)
+        try:
+            export(job, weights)
+        except OSError as e:
+            raise unsaved or e from e
+    if unsaved is not None:
+        raise UserError(f"{unsaved}; the tuned model itself is whole in {out / EXPORT}")
 
 
 def _loop(
@@ -112,13 +121,17 @@ def _loop(
     start: int,
     about: dict[str, Any],
     told: threading.Event,
-) -> Tree:
-    """The loop with its log, evaluations, checkpoints and signals. Returns the weights to export."""
-    c, held = job.config, job.data.validation
-    runlog = log.RunLog(Path(c.output), start, job.steps, c.evaluate.metric)
+) -> tuple[Tree, UserError | None]:
+    """The loop with its log, evaluations, checkpoints and signals.
+
+    Returns: the weights to export, and what is to be said if the last step could not be saved.
+    """
+    c, held, out = job.config, job.data.validation, Path(job.config.output)
+    runlog = log.RunLog(out, start, job.steps, c.evaluate.metric)
+    saver = Saver(checkpoints, start)
     rate = optim.schedule(c.optim, job.steps)
     measure = measuring.make(job)
-    best = Best(Path(c.output), c.evaluate, runlog.history, start) if held is not None else None
+    best = Best(out, c.evaluate, runlog.history, start) if held is not None else None
 
     def on_log(n: int, values: dict[str, float], batch: Batch) -> None:
         write = n % c.train.log_every == 0 or n in (1, job.steps)
@@ -132,19 +145,42 @@ def _loop(
         runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
         best.see(n, trained)
 
+    def save(n: int, state: State) -> None:
+        answered = functools.partial(_remove, out / SAVE_NOW) if _asked(out / SAVE_NOW) else None
+        checkpoints.save(n, state.saved(), batches.state, about, answered)
+
     def on_save(n: int, state: State) -> None:
-        checkpoints.save(n, state.saved(), batches.state, about)
+        saver.save(n, lambda: save(n, state))
+
+    def save_now() -> bool:
+        return saver.overdue or (not saver.failures and not checkpoints.busy and _asked(out / SAVE_NOW))
+
+    def stop() -> bool:
+        return told.is_set() or _asked(out / STOP) or (best is not None and best.hopeless)
+
+    def on_back(n: int, state: State) -> State:
+        saver.settle()
+        if (newest := checkpoints.newest) is None:
+            raise UserError(
+                f"step {n}: is not finite, and there is no checkpoint yet to go back to; set checkpoint.every to less, "
+                "or train.nonfinite=skip"
+            )
+        for x in jax.tree.leaves((state.trainable, state.optimiser)):
+            x.delete()  # not two at once
+        restored, _ = checkpoints.restore(newest, job.state.saved())
+        log.warn(f"step {n}: has the weights of step {newest} again; the rows since are not taken a second time")
+        return State(frozen=state.frozen, **restored)._replace(step=state.step)
 
     with contextlib.ExitStack() as closing:
         closing.enter_context(contextlib.closing(runlog))
         if best is not None:
             closing.enter_context(contextlib.closing(best))
         if (choice := job.blueprint.method.choice) is not None:
-            record = closing.enter_context(contextlib.closing(Allocation(Path(c.output), start, choice)))
+            record = closing.enter_context(contextlib.closing(Allocation(out, start, choice)))
             compiled = record.watching(compiled)
         if not start:
             on_evaluate(0, state)
-        hooks = Hooks(on_log, on_evaluate, on_save, lambda: told.is_set() or (best is not None and best.hopeless))
+        hooks = Hooks(on_log, on_evaluate, on_save, stop, save_now, runlog.write, on_back)
         every = Every(c.evaluate.every, c.checkpoint.every)
         put = putter(job.mesh, c.train.accumulation)
         state, n = loop(
@@ -157,22 +193,39 @@ def _loop(
             every,
             hooks,
             lambda b: list(b.origins),
+            Guards(c.train.nonfinite, c.train.spike),
         )
-        if told.is_set() and n < job.steps:
-            checkpoints.wait()
-            raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
+        unsaved = saver.finish(n, lambda: save(n, state))
+        if _asked(out / STOP):
+            _remove(out / STOP)
+        if n < job.steps and not (best is not None and best.hopeless):
+            raise unsaved or Interrupted(
+                f"{out}: stopped after step {n} and saved; run the same command again to go on"
+            )
         if n < job.steps:
             log.say(f"stopped after step {n}: {c.evaluate.patience} evaluations without a better {c.evaluate.metric}")
         for remark in batches.remarks:
             log.say(remark)
         runlog.summary()
         kept = None if best is None else best.restored(job.state.trainable)
-    return measured(state) if kept is None else tuning_method.join(kept, state.frozen)
+    return measured(state) if kept is None else tuning_method.join(kept, state.frozen), unsaved
 
 
 def measured(state: State) -> Tree:
     """The weights to measure and to export: averages, where the optimiser keeps them."""
     return tuning_method.join(optim.averaged(state.optimiser, state.trainable), state.frozen)
+
+
+def _asked(file: Path) -> bool:
+    """Whether a user asks for something by a file; one process of several looks."""
+    return distributed.first() and file.exists()
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as e:
+        log.warn(f"{file}: cannot be removed ({e.strerror}); remove it, or it counts again")
 
 
 @contextlib.contextmanager
