@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, log, optim, sharding, tasks, tuning
+from jaxtune import blueprint, config, from_run, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
@@ -44,7 +44,8 @@ EXPORT, CHECKPOINTS, CONFIG = "export", "checkpoints", "config.yaml"  # parts of
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: the demo's, a local one, a remote one's small files, or a snapshot of a hub repository.
+    """The folder of a model: the demo's, a local one, a run's (see `from_run`), a remote one's small files, or a
+    snapshot of a hub repository.
 
     Raises:
       UserError: there is no such folder, and it is not a hub id that can be had.
@@ -52,6 +53,8 @@ def model_folder(name: str) -> Path:
     if name == DEMO:
         return DEMO_FOLDER / "model"
     folder = Path(name).expanduser()
+    if folder.is_dir() and from_run.is_run(folder):
+        return from_run.model_folder(folder, prepare)
     if folder.is_dir():
         return folder
     if folder.is_file():
