@@ -35,6 +35,7 @@ class Saver:
         if self.checkpoints.busy and distributed.count() == 1:
             return log.warn(f"step {n}: the save before is still being written, so this checkpoint is left out")
         self.settle()
+        self._last = None
         try:
             save()
             self._last = n
