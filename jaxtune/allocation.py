@@ -59,15 +59,21 @@ class Allocation:
             self.lines.append({"step": self._steps, "allocation": now})
             if log.hushed():
                 return
-            with self.file.open("a") as f:
-                f.write(json.dumps(self.lines[-1]) + "\n")
+            try:
+                with self.file.open("a") as f:
+                    f.write(json.dumps(self.lines[-1]) + "\n")
+            except OSError as e:
+                log.warn(f"{self.file}: cannot be written ({e.strerror}); training goes on")
 
     def close(self) -> None:
         """Write the last line, and draw the picture."""
         self.settle()
         if log.hushed():
             return
-        draw(self.lines, self._steps, self.picture)
+        try:
+            draw(self.lines, self._steps, self.picture)
+        except OSError as e:
+            log.warn(f"{self.picture}: cannot be written ({e.strerror})")
 
 
 def draw(lines: Sequence[Mapping[str, Any]], end: int, file: Path) -> None:

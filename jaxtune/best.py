@@ -10,6 +10,7 @@ from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Evaluate
 from jaxtune.errors import UserError
 from jaxtune.metrics.base import better
+from jaxtune.saving import Saver
 
 FOLDER = "best"
 
@@ -53,6 +54,7 @@ class Best:
                 shutil.rmtree(folder / FOLDER)
             distributed.wait("best is removed")
             self._checkpoints = Checkpoints(folder / FOLDER, keep=1)
+        self._saver = Saver(self._checkpoints) if self._checkpoints is not None else None
 
     @property
     def hopeless(self) -> bool:
@@ -67,15 +69,22 @@ class Best:
         if not any(step == n for step, _ in _scores(self.c, self.history)):
             there = sorted({k[5:] for m in self.history for k in m if k.startswith("eval_")})
             raise UserError(f"evaluate.metric {self.c.metric!r} is not among the scores: {', '.join(there)}")
-        if self._checkpoints is not None and best_step(self.c, self.history) == n and self._checkpoints.newest != n:
-            self._checkpoints.save(n, {"trainable": trained}, {}, {"metric": self.c.metric})
+        checkpoints, saver = self._checkpoints, self._saver
+        if checkpoints is not None and saver and best_step(self.c, self.history) == n and checkpoints.newest != n:
+            saver.save(n, lambda: checkpoints.save(n, {"trainable": trained}, {}, {"metric": self.c.metric}))
 
     def restored(self, like: Any) -> Any:
         """The best weights, of the form of `like`; None where none are kept."""
+        if self._saver is not None:
+            self._saver.settle()
         if self._checkpoints is None or (newest := self._checkpoints.newest) is None:
             if self.c.best:
                 log.warn("no weights of an evaluation are kept: the last ones are exported")
             return None
+        if newest != (best := best_step(self.c, self.history)):
+            log.warn(
+                f"the weights of step {best}, which were the best, are not whole on the disk: an earlier best is taken"
+            )
         log.say(f"the best {self.c.metric} was at step {newest}: its weights are exported")
         return self._checkpoints.restore(newest, {"trainable": like})[0]["trainable"]
 

@@ -1,18 +1,26 @@
 """Checkpoints: what trains, the optimiser, the step, the key and the data position, through Orbax.
 
-A step is either whole or not there (Orbax writes beside it and renames); saving goes on behind the training. Frozen
-weights are not saved: they are read from the model folder again.
+A step is either whole or not there: Orbax writes it beside its place, a manifest of all its files is added, and only
+then it gets its name; all that goes on behind the training. A step whose files are no longer those of its manifest is
+named and left out for the one before. Frozen weights are not saved: they are read from the model folder again.
+
+Names in the folder: `9` a whole step, `9.saving…` one that is being written, `9.bad` one that was left out, which stays
+until a later step is whole, and `9.gone` one that is being deleted.
 """
 
 import logging
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from pydantic import ValidationError
 
-from jaxtune import log
+from jaxtune import distributed, log, manifest
 from jaxtune.config import Config
 from jaxtune.errors import UserError
 from jaxtune.weights import path_name
@@ -20,9 +28,12 @@ from jaxtune.weights import path_name
 # What may differ between a run and its resumption; everything else would change what the run means. Model and data are
 # compared by what they hold, not by where they lie.
 _FREE = (
-    "output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat",
-    "optim.learning_rate", "optim.clip", "optim.offload", "template", "versions",
+    "output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat", "train.attention",
+    "train.nonfinite", "train.spike", "train.profile", "optim.learning_rate", "optim.clip", "optim.offload", "template",
+    "versions",
 )  # fmt: skip
+_TROUBLE = (OSError, ValueError, RuntimeError)  # tensorstore's ValueError may be a full disk, jax's RuntimeError a host
+_MARK = "manifest"  # what `about` says where a manifest belongs to the step
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -48,34 +59,167 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it says of a failed save is said here, in a line
-        self._ocp = ocp
-        self.folder = folder.resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
-        )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.folder, self.keep, self.read_only = folder.resolve(), keep, read_only
+        self._args = ocp.args
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._writes = distributed.first() and not read_only
+        self._verified: dict[int, Mapping[str, Any]] = {}  # what the manifests remember
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._behind: futures.Future[None] | None = None
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in (*self.folder.glob("*.saving*"), *self.folder.glob("*.gone"), *self.folder.glob("*-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    # --- what is there ------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """All steps that are there, whole or damaged since, rising."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(f.name) for f in found if f.name.isdecimal() and f.is_dir())
 
     @property
     def newest(self) -> int | None:
-        """The newest step that is whole."""
-        return self._manager.latest_step()
+        """The newest step whose files are as they were written; the same on all processes.
 
-    def save(self, step: int, state: Mapping[str, Any], data: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Save in the background: trees of arrays by name, where the batches stand, and the config and digests."""
-        args = self._ocp.args
-        trees = {name: flat(tree) for name, tree in state.items()}
-        need = sum(x.nbytes for x in jax.tree.leaves(trees))
-        if need > (free := shutil.disk_usage(self.folder).free):  # before a half is written
-            raise self._unwritable(f"it needs {log.size(need)}, {log.size(free)} are free")
+        Raises:
+          UserError: there are steps, and all are damaged.
+        """
+        if self._behind is not None:
+            futures.wait([self._behind])
         try:
-            self._manager.save(
-                step,
+            found, problem = self._find() if distributed.first() else None, None
+        except UserError as e:
+            found, problem = -1, e
+        if distributed.count() > 1:
+            from jax.experimental import multihost_utils
+
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(-2 if found is None else found)))
+        if found == -1:
+            raise problem or UserError(f"{self.folder}: every checkpoint is damaged; the first process says how")
+        return None if found == -2 else found
+
+    def _find(self) -> int | None:
+        bad: dict[int, str] = {}
+        for step in reversed(self.steps):
+            if step in self._verified or not (reason := self._damage(step)):
+                for n, why in bad.items():
+                    log.warn(
+                        f"{self.folder / str(n)}: this checkpoint is damaged ({why}); it is left out, and that of step "
+                        f"{step} is taken"
+                    )
+                    if self._writes:
+                        os.replace(self.folder / str(n), self.folder / f"{n}.bad")
+                return step
+            bad[step] = reason
+        if bad:
+            there = "; ".join(f"{n}: {why}" for n, why in bad.items())
+            raise UserError(
+                f"{self.folder}: every checkpoint is damaged ({there}); bring one back from a copy, or remove the "
+                "folder to begin again"
+            )
+        return None
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with a step; nothing if it is as it was written."""
+        place = self.folder / str(step)
+        try:
+            about, reason = manifest.read(place)
+        except FileNotFoundError:
+            try:
+                if _MARK in self._about(step):
+                    return f"{manifest.NAME} is missing"
+            except UserError:
+                return f"{manifest.NAME} is missing, and it cannot be read"
+            log.warn(f"{place}: was saved before checkpoints had manifests, so damage would not be seen")
+            about, reason = {}, ""
+        except OSError as e:
+            return f"{manifest.NAME} cannot be read: {e.strerror}"
+        if not reason and about and about["step"] != step:
+            reason = f"it is that of step {about['step']}"
+        if not reason:
+            self._verified[step] = about or {}
+        return reason
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still going on behind."""
+        return self._behind is not None and not self._behind.done()
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        data: Mapping[str, Any],
+        about: Mapping[str, Any],
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        """Save in the background: trees of arrays by name, where the batches stand, and the config and digests.
+
+        Args:
+          step: how many steps were taken.
+          state: copied from the devices before this returns, so they may be given away.
+          data: JSON.
+          about: JSON.
+          then: called, in another thread, when it is whole on the disk.
+
+        Raises:
+          UserError: it cannot be written, or the save before could not.
+        """
+        self.wait()
+        args = self._args
+        trees = {name: flat(tree) for name, tree in state.items()}
+        place = self.folder / f"{step}.saving"
+        try:
+            if distributed.count() == 1:  # several would have to agree
+                need = sum(x.nbytes for x in jax.tree.leaves(trees))
+                if need > (free := shutil.disk_usage(self.folder).free):  # before a half is written
+                    raise OSError(f"it needs {log.size(need)}, {log.size(free)} are free")
+            if self._writes:
+                for left in self.folder.glob(f"{step}.saving*"):
+                    shutil.rmtree(left)
+            self._orbax.save(
+                place,
                 args=args.Composite(
-                    state=args.StandardSave(trees), data=args.JsonSave(dict(data)), about=args.JsonSave(dict(about))
+                    state=args.StandardSave(trees),
+                    data=args.JsonSave(dict(data)),
+                    about=args.JsonSave({**about, _MARK: 1}),
                 ),
             )
-        except (OSError, ValueError) as e:  # also of the save before, which went on behind
+        except _TROUBLE as e:
             raise self._unwritable(e) from e
+        remembered = {"step": step, "state": {n: [x.dtype.name, list(x.shape)] for n, x in flat(trees).items()}}
+        self._behind = self._pool.submit(self._commit, step, place, remembered, then)
+
+    def _commit(self, step: int, place: Path, about: Mapping[str, Any], then: Callable[[], None] | None) -> None:
+        """Behind the training: when Orbax is done, add the manifest, give the step its name, and delete old ones."""
+        try:
+            self._orbax.wait_until_finished()
+            self._orbax.check_for_errors()
+            if self._writes:
+                manifest.write(place, about)
+                self._delete(step)
+                os.replace(place, self.folder / str(step))
+                self._verified[step] = about
+                for old in self.steps[: -self.keep]:
+                    self._delete(old)
+                for bad in self.folder.glob("*.bad"):
+                    if int(bad.stem) <= step:
+                        shutil.rmtree(bad)
+            if then is not None:
+                then()
+        except _TROUBLE as e:
+            raise self._unwritable(e) from e
+
+    def _delete(self, step: int) -> None:
+        """Take a step's name away first: a half of it must not look like a step."""
+        self._verified.pop(step, None)
+        if (place := self.folder / str(step)).exists():
+            os.replace(place, gone := self.folder / f"{step}.gone")
+            shutil.rmtree(gone)
 
     def wait(self) -> None:
         """Until everything is on disk.
@@ -83,25 +227,28 @@ class Checkpoints:
         Raises:
           UserError: the disk is full or cannot be written.
         """
-        try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
-        except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
-            raise self._unwritable(e) from e
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.result()
 
-    def _unwritable(self, e: Exception | str) -> UserError:
+    def _unwritable(self, e: Exception) -> UserError:
         reason = " ".join(str(e).split())[:160]
         return UserError(f"{self.folder}: cannot save a checkpoint ({reason}); earlier ones are kept; make room")
 
+    # --- reading ------------------------------------------------------------------------------------------------------
+
     def about(self, step: int) -> dict[str, Any]:
         """The config and digests that a step was saved with."""
-        args = self._ocp.args
+        return {k: v for k, v in self._about(step).items() if k != _MARK}
+
+    def _about(self, step: int) -> dict[str, Any]:
         try:
-            return self._manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
+            args = self._args.Composite(about=self._args.JsonRestore())
+            return self._orbax.restore(self.folder / str(step), args=args)["about"]
         except (OSError, ValueError, KeyError) as e:
             raise self._unreadable(step, e) from e
 
-    def _unreadable(self, step: int, e: Exception) -> UserError:
+    def _unreadable(self, step: int, e: Exception | str) -> UserError:
         reason = " ".join(str(e).split())[:200]
         return UserError(f"{self.folder / str(step)}: cannot be restored ({reason}); remove it to use an older one")
 
@@ -109,21 +256,31 @@ class Checkpoints:
         """Trees of the forms, shapes and shardings of `like` (abstract), and where the batches stood.
 
         Raises:
-          UserError: the checkpoint cannot be read.
+          UserError: the checkpoint cannot be read, or holds something else.
         """
-        args = self._ocp.args
+        args = self._args
         trees = {name: flat(tree) for name, tree in like.items()}
+        held = self._verified.get(step, {}).get("state", {})
+        for name, x in flat(trees).items() if held else ():
+            if held.get(name) != (wanted := [x.dtype.name, list(x.shape)]):
+                raise self._unreadable(step, f"{name} is {held.get(name, 'not in it')}, not {wanted}")
         try:
-            found = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(trees), data=args.JsonRestore())
+            found = self._orbax.restore(
+                self.folder / str(step),
+                args=args.Composite(state=args.StandardRestore(trees), data=args.JsonRestore()),
             )
         except (OSError, ValueError, KeyError) as e:
             raise self._unreadable(step, e) from e
         return {name: unflat(found["state"][name], tree) for name, tree in like.items()}, found["data"]
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Wait for what is being saved; a failure that nobody asked for is said."""
+        try:
+            self.wait()
+        except UserError as e:
+            log.warn(str(e))
+        self._pool.shutdown()
+        self._orbax.close()
 
 
 def start_step(config: Config, checkpoints: Checkpoints, about: Mapping[str, Any]) -> int:
@@ -139,12 +296,20 @@ def start_step(config: Config, checkpoints: Checkpoints, about: Mapping[str, Any
         raise UserError(
             f"{checkpoints.folder}: holds checkpoints and checkpoint.resume=never; choose another output or remove it"
         )
-    if differing := _differences(checkpoints.about(newest), about):
+    if differing := _differences(_today(checkpoints.about(newest)), about):
         raise UserError(
             f"{checkpoints.folder}: the run there differs in {', '.join(differing)}; choose another output, or give "
             "the same values to go on with it"
         )
     return newest
+
+
+def _today(about: Mapping[str, Any]) -> dict[str, Any]:
+    """With the keys that configs have since got, which were then as their defaults are."""
+    try:
+        return {**about, "config": Config.model_validate(about["config"]).model_dump(mode="json")}
+    except (KeyError, ValidationError):  # it says itself in what it differs
+        return dict(about)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtune import blueprint, config, distributed, log, optim, sharding, tasks, tuning
+from jaxtune import blueprint, config, distributed, from_run, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.clock import Clock
 from jaxtune.config import DEMO, Config
@@ -45,7 +45,8 @@ EXPORT, CHECKPOINTS, CONFIG = "export", "checkpoints", "config.yaml"  # parts of
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: the demo's, a local one, a remote one's small files, or a snapshot of a hub repository.
+    """The folder of a model: the demo's, a local one, a run's (see `from_run`), a remote one's small files, or a
+    snapshot of a hub repository.
 
     Raises:
       UserError: there is no such folder, and it is not a hub id that can be had.
@@ -53,6 +54,8 @@ def model_folder(name: str) -> Path:
     if name == DEMO:
         return DEMO_FOLDER / "model"
     folder = Path(name).expanduser()
+    if folder.is_dir() and from_run.is_run(folder):
+        return from_run.model_folder(folder, prepare)
     if folder.is_dir():
         return folder
     if folder.is_file():
@@ -386,7 +389,10 @@ def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
-    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
+    step = make_step(
+        apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune,
+        skip=c.train.nonfinite == "skip",
+    )  # fmt: skip
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
     if c.optim.offload:
         step = optim.one_at_a_time(step, out[0])

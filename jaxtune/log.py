@@ -1,14 +1,17 @@
 """What a run tells: a live line in a terminal, plain lines elsewhere; metrics.jsonl, TensorBoard events, loss.png."""
 
+import contextlib
 import json
 import os
 import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxtune.events import Events
 
 _QUIET = re.compile("precision|recall|micro|weighted|_answer_")  # scores that are written but not shown
 _WARNED: set[str] = set()
@@ -135,7 +138,8 @@ class RunLog:
         self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
         write_whole(self.file, "".join(json.dumps(e) + "\n" for e in self.history))
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not _HUSHED
-        self._events: Any = None
+        self._events: Events | None = None
+        self._torn = False  # metrics.jsonl lacks what could not be written
         self._began, self._done, self._open = time.perf_counter(), 0, False
         self._idle_until = self._began
         self._ticks: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)
@@ -208,14 +212,27 @@ class RunLog:
         self.history.append(entry)
         if _HUSHED:
             return
-        with self.file.open("a") as f:
-            f.write(json.dumps(entry) + "\n")
-        if self._events is None:
-            from tensorboardX import SummaryWriter
+        with self._spared(self.file):
+            self._torn, torn = True, self._torn
+            if torn:  # whole again, without the half of a line
+                write_whole(self.file, "".join(json.dumps(e) + "\n" for e in self.history))
+            else:
+                with self.file.open("a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            self._torn = False
+        with self._spared(self.folder / "events"):
+            if self._events is None:
+                self._events = Events(self.folder / "events", self.start + 1 if self.start else None)
+            names = {k: k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}" for k in values}
+            self._events.write(n, {names[k]: float(v) for k, v in values.items()})
 
-            self._events = SummaryWriter(str(self.folder / "events"), purge_step=self.start + 1 if self.start else None)
-        for k, v in values.items():
-            self._events.add_scalar(k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}", v, n)
+    @contextlib.contextmanager
+    def _spared(self, file: Path) -> Iterator[None]:
+        """A disk that cannot be written does not end the run for the sake of its log."""
+        try:
+            yield
+        except OSError as e:
+            warn(f"{file}: cannot be written ({e.strerror}); training goes on, and it is tried again")
 
     def summary(self) -> None:
         """The first and the last scores on the validation set."""
@@ -229,8 +246,11 @@ class RunLog:
         if self._open:
             say()
         if self._events is not None:
-            self._events.close()
-        if not _HUSHED:
+            with self._spared(self.folder / "events"):
+                self._events.close()
+        if _HUSHED:
+            return
+        with self._spared(self.folder / "loss.png"):
             plot(self.history, self.folder / "loss.png")
 
 

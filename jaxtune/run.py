@@ -26,6 +26,7 @@ from jaxtune.data.batches import Batch, Batches
 from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.export import export
+from jaxtune.guards import Guards
 from jaxtune.job import (
     CHECKPOINTS,
     CONFIG,
@@ -41,10 +42,12 @@ from jaxtune.job import (
 from jaxtune.layers import unbox
 from jaxtune.plan.counting import flops_per_token
 from jaxtune.profiling import Profile
+from jaxtune.saving import Saver
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
+SAVE_NOW, STOP = "SAVE_NOW", "STOP"  # files in the run folder: save after this step and go on, or leave
 
 
 def train(c: Config) -> Path:
@@ -110,16 +113,21 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
         try:
             with clock.on("steps"):
                 steps = Steps(job, compiled, clock)
-                weights = _loop(job, state, steps, watched, batches, checkpoints, start, about, told, clock)
+                weights, unsaved = _loop(job, state, steps, watched, batches, checkpoints, start, about, told, clock)
         finally:
             batches.close()
             with clock.on("checkpoint"):
                 checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
         weights = _to_write(job, weights)
     with clock.on("export"):
-        export(job, weights)
+        try:
+            export(job, weights)
+        except OSError as e:
+            raise unsaved or e from e
     spent = clock.seconds()
     log.say(f"took {log.duration(sum(spent.values()))}: {shares(spent)}")
+    if unsaved is not None:
+        raise UserError(f"{unsaved}; the tuned model itself is whole in {out / EXPORT}")
 
 
 def _to_write(job: Job, weights: Tree) -> Tree:
@@ -141,17 +149,20 @@ def _loop(
     about: dict[str, Any],
     told: threading.Event,
     clock: Clock,
-) -> Tree:
-    """The loop with its log, evaluations, checkpoints and signals. Returns the weights to export."""
-    c, held = job.config, job.data.validation
-    out, kind = Path(c.output), job.mesh.devices.flat[0].device_kind
+) -> tuple[Tree, UserError | None]:
+    """The loop with its log, evaluations, checkpoints and signals.
+
+    Returns: the weights to export, and what is to be said if the last step could not be saved.
+    """
+    c, held, out = job.config, job.data.validation, Path(job.config.output)
     clock.add(carried(log.read_metrics(out / "metrics.jsonl"), start))
-    chip = chips.of(kind)
+    chip = chips.of(job.mesh.devices.flat[0].device_kind)
     peak = chip.rate("bfloat16") * job.mesh.size if chip is not None else None
     runlog = log.RunLog(out, start, job.steps, c.evaluate.metric, job.mesh.size, peak)
     if start:
         runlog.write(start, {}, clock.seconds())
     cost = functools.cache(lambda length: flops_per_token(job.blueprint, length))
+    saver = Saver(checkpoints, start)
     rate = optim.schedule(c.optim, job.steps)
     measure = measuring.make(job)
     best = Best(out, c.evaluate, runlog.history, start) if held is not None else None
@@ -171,9 +182,13 @@ def _loop(
             runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
             best.see(n, trained)
 
+    def save(n: int, state: State) -> None:
+        answered = functools.partial(_remove, out / SAVE_NOW) if _asked(out / SAVE_NOW) else None
+        checkpoints.save(n, state.saved(), batches.state, about, answered)
+
     def on_save(n: int, state: State) -> None:
         with clock.on("checkpoint"):
-            checkpoints.save(n, state.saved(), batches.state, about)
+            saver.save(n, lambda: save(n, state))
         runlog.write(n, {}, clock.seconds())
 
     def waited() -> Iterator[Batch]:
@@ -181,6 +196,25 @@ def _loop(
             with clock.on("input", unless=compiled.busy):
                 batch = next(batches)
             yield batch
+
+    def save_now() -> bool:
+        return saver.overdue or (not saver.failures and not checkpoints.busy and _asked(out / SAVE_NOW))
+
+    def stop() -> bool:
+        return told.is_set() or _asked(out / STOP) or (best is not None and best.hopeless)
+
+    def on_back(n: int, state: State) -> State:
+        saver.settle()
+        if (newest := checkpoints.newest) is None:
+            raise UserError(
+                f"step {n}: is not finite, and there is no checkpoint yet to go back to; set checkpoint.every to less, "
+                "or train.nonfinite=skip"
+            )
+        for x in jax.tree.leaves((state.trainable, state.optimiser)):
+            x.delete()  # not two at once
+        restored, _ = checkpoints.restore(newest, job.state.saved())
+        log.warn(f"step {n}: has the weights of step {newest} again; the rows since are not taken a second time")
+        return State(frozen=state.frozen, **restored)._replace(step=state.step)
 
     with contextlib.ExitStack() as closing:
         step: Any = watched(compiled)
@@ -195,9 +229,9 @@ def _loop(
             step = closing.enter_context(contextlib.closing(profile)).watching(step)
         if not start:
             on_evaluate(0, state)
-        hooks = Hooks(on_log, on_evaluate, on_save, lambda: told.is_set() or (best is not None and best.hopeless))
+        hooks = Hooks(on_log, on_evaluate, on_save, stop, save_now, runlog.write, on_back)
         every = Every(c.evaluate.every, c.checkpoint.every)
-        put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * hooks.stop())
+        put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * stop() | distributed.SAVE * save_now())
         state, n = loop(
             state,
             step,
@@ -208,22 +242,40 @@ def _loop(
             every,
             hooks,
             lambda b: list(b.origins),
+            Guards(c.train.nonfinite, c.train.spike),
         )
+        with clock.on("checkpoint"):
+            unsaved = saver.finish(n, lambda: save(n, state))
+        if _asked(out / STOP):
+            _remove(out / STOP)
         if n < job.steps and not (best is not None and best.hopeless):
-            checkpoints.wait()
-            raise Interrupted(f"{c.output}: stopped after step {n} and saved; run the same command again to go on")
+            raise unsaved or Interrupted(
+                f"{out}: stopped after step {n} and saved; run the same command again to go on"
+            )
         if n < job.steps:
             log.say(f"stopped after step {n}: {c.evaluate.patience} evaluations without a better {c.evaluate.metric}")
         for remark in batches.remarks:
             log.say(remark)
         runlog.summary()
         kept = None if best is None else best.restored(job.state.trainable)
-    return measured(state) if kept is None else tuning_method.join(kept, state.frozen)
+    return measured(state) if kept is None else tuning_method.join(kept, state.frozen), unsaved
 
 
 def measured(state: State) -> Tree:
     """The weights to measure and to export: averages, where the optimiser keeps them."""
     return tuning_method.join(optim.averaged(state.optimiser, state.trainable), state.frozen)
+
+
+def _asked(file: Path) -> bool:
+    """Whether a user asks for something by a file; one process of several looks."""
+    return distributed.first() and file.exists()
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as e:
+        log.warn(f"{file}: cannot be removed ({e.strerror}); remove it, or it counts again")
 
 
 @contextlib.contextmanager

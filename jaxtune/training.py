@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxtune.data.pipeline import Batch
 from jaxtune.distributed import SAVE, STOP
-from jaxtune.errors import UserError
+from jaxtune.guards import Guards
 from jaxtune.nodes.noisy import noisy
 from jaxtune.objectives import Objective
 from jaxtune.tuning.method import join
@@ -48,6 +47,7 @@ def make_step(
     router_loss: float = 0.0,
     penalty: Callable[[Tree], Array] | None = None,
     neftune: float = 0.0,
+    skip: bool = False,
 ) -> Callable[[State, Mapping[str, Array]], tuple[State, dict[str, Array]]]:
     """One optimiser step over a batch of `[A, B, T]` columns, as a pure function.
 
@@ -56,6 +56,7 @@ def make_step(
     `router_loss` is the weight of the load-balancing loss of a mixture of experts, taken for each micro-batch.
     `penalty` is a function of the weights that is added to the mean loss, and not to the loss that is reported.
     `neftune` is the alpha of NEFTune's noise on the embeddings.
+    `skip`: where the loss or the gradient is not finite, weights and optimiser stay, bit by bit; the step counts.
     """
 
     def loss(trainable: Tree, frozen: Tree, batch: Mapping[str, Array], key: Array) -> tuple[Array, tuple]:
@@ -100,18 +101,25 @@ def make_step(
         report |= {_REPORTED.get(name, name): total / count for name, total in metrics.items()}
         if wishes_N is not None:
             report[WISHES] = (wishes_N & STOP).max() | (wishes_N & SAVE).max()
+        if skip:
+            finite = jnp.isfinite(report["loss"]) & jnp.isfinite(report["grad_norm"])
+            new, old = (trainable, optimiser), (state.trainable, state.optimiser)
+            trainable, optimiser = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
         return State(trainable, state.frozen, optimiser, state.step + 1, state.key), report
 
     return step
 
 
 class Hooks(NamedTuple):
-    """What the loop calls on its way; each gets the number of steps taken."""
+    """What the loop calls on its way; what gets an `n` gets the number of steps taken."""
 
     log: Callable[[int, dict[str, float], Batch], None]
     evaluate: Callable[[int, State], None]
     save: Callable[[int, State], None]
     stop: Callable[[], bool]  # whether to save and leave after this step
+    save_now: Callable[[], bool] = lambda: False  # whether to save after this step and go on
+    note: Callable[[int, dict[str, float]], None] = lambda n, values: None  # what is odd about a step
+    back: Callable[[int, State], State] = lambda n, state: state  # to the last checkpoint's weights; `state` is used up
 
 
 class Every(NamedTuple):
@@ -131,6 +139,7 @@ def loop(
     every: Every,
     hooks: Hooks,
     where: Callable[[Batch], list[str]],
+    guards: Guards | None = None,
 ) -> tuple[State, int]:
     """Take steps `start` to `total`. A step is dispatched before the last one's numbers are fetched.
 
@@ -140,42 +149,48 @@ def loop(
     Returns: the last state, and how many steps it has taken (fewer than `total` if `hooks.stop` said so).
 
     Raises:
-      UserError: a loss or gradient is not finite; names the step and the rows. What was saved before stays.
+      UserError: a loss or gradient is not finite and `guards` says stop; names the step and the rows. What was saved
+        before stays.
     """
+    guards = guards or Guards()
     pending: tuple[int, dict[str, Array], Batch] | None = None
     agreed = 0  # what the processes were told, together
 
-    def settle() -> None:
-        nonlocal pending, agreed
+    def settle() -> bool:
+        """Look at the numbers that are on their way; False if the state went back for them."""
+        nonlocal pending, agreed, state
         if pending is None:
-            return
+            return True
         n, report, batch = pending
         pending = None
         values = {k: float(v) for k, v in jax.device_get(report).items()}
-        if WISHES in values:
-            agreed = int(values.pop(WISHES))
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-            rows = where(batch)
-            shown = f"{', '.join(rows[:8])}{f' and {len(rows) - 8} more' if len(rows) > 8 else ''}"
-            raise UserError(
-                f"step {n}: loss {values['loss']}, gradient norm {values['grad_norm']} on rows {shown}; the last "
-                "checkpoint is kept; lower optim.learning_rate or optim.clip and run again, or mend these rows and "
-                "choose another output"
-            )
-        hooks.log(n, values, batch)
+        agreed |= int(values.pop(WISHES, 0))
+        if guards.finite(n, values, where(batch)):
+            hooks.log(n, values, batch)
+            if (above := guards.spike(n, values["loss"], where(batch))) is not None:
+                hooks.note(n, {"spike": above, "spike_loss": values["loss"]})
+            return True
+        hooks.note(n, {guards.nonfinite: 1.0})
+        if guards.nonfinite == "rollback":
+            state = hooks.back(n, state)
+        return guards.nonfinite != "rollback"
 
     for n in range(start + 1, total + 1):
         batch = next(batches)
         state, report = step(state, put(batch))
-        settle()
-        pending = n, report, batch
-        stopping = hooks.stop() if WISHES not in report else bool(agreed & STOP)
-        if n == start + 1 or n % every.evaluate == 0 or n % every.save == 0 or n == total or stopping:
+        if settle():
+            pending = n, report, batch  # else this step was taken from weights that are undone
+        together = WISHES in report
+        stopping = bool(agreed & STOP) if together else hooks.stop()
+        asked = bool(agreed & SAVE) if together else hooks.save_now()
+        saving = stopping or n == total or n % every.save == 0 or asked
+        if saving or n == start + 1 or n % every.evaluate == 0:
             settle()  # the first step is told at once, and nothing is saved before its loss is known to be finite
         if n == total or (n % every.evaluate == 0 and not stopping):
             hooks.evaluate(n, state)
-        if n % every.save == 0 or n == total or stopping:
+        if saving:
             hooks.save(n, state)
+            agreed &= ~SAVE
         if stopping:
             return state, n
     return state, total

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtune import job as jobs
-from jaxtune import log, run, sharding
-from jaxtune.errors import UserError
+from jaxtune import log, run
 from tests.tiny import make_config
 
 
@@ -22,7 +21,11 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"train__ema": 0.9, "optim__name": "adamw8bit"}, {"optim__name": "schedule_free", "optim__schedule": "constant"}],
+    [
+        {},
+        {"train__ema": 0.9, "optim__name": "adamw8bit"},
+        {"optim__name": "schedule_free", "optim__schedule": "constant"},
+    ],
 )
 def test_state_lies_on_the_host_and_losses_are_the_same(tiny, sums_file, tmp_path, keys):
     keys = {"tuning": {"method": "full"}, "data__validation": 4, "evaluate__every": 3, **keys}
