@@ -51,7 +51,11 @@ class Checkpoints:
         self._ocp = ocp
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            # without a name of its own, two managers meet at each other's barriers and wait for ever
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.name),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
