@@ -61,7 +61,9 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # what it says of a failed save is said here, in a line
         self.folder, self.keep, self.read_only = folder.resolve(), keep, read_only
         self._args = ocp.args
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # without a name of its own, two of them meet at each other's barriers and wait for ever
+        apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.folder.name)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=apart)
         self._writes = distributed.first() and not read_only
         self._verified: dict[int, Mapping[str, Any]] = {}  # what the manifests remember
         self._pool = futures.ThreadPoolExecutor(1, "checkpoint")

@@ -257,7 +257,8 @@ class Watch:
     def stop(self, failure: str | None = None) -> None:
         """This process ends: all is done, or why not."""
         self._closed.set()
-        self._write(done=True, failure=failure)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is no more
+            self._write(done=True, failure=failure)
 
     def _write(self, **more: Any) -> None:
         beat = time.monotonic_ns()
@@ -279,6 +280,8 @@ class Watch:
             if (blame := self._to_blame()) is not None and not self._closed.is_set():
                 print(f"stopped: {blame}; run the same command again on all hosts", file=sys.stderr, flush=True)
                 sys.stdout.flush()
+                if first():  # with the coordinator the others lose their voice
+                    time.sleep(self._lost_after / 4)
                 os._exit(RESUME_ME)  # the main thread may wait for the lost one for ever
 
     def _to_blame(self) -> str | None:

@@ -46,7 +46,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if config.slices not in (None, slices):
+    rehearsed = devices[0].platform == "cpu" and config.slices is not None  # slices of another machine
+    if rehearsed:
+        slices = config.slices or 1
+    elif config.slices not in (None, slices):
         raise UserError(f"mesh.slices={config.slices}: the {len(devices)} devices are of {slices}; leave it out")
     over, wanted = config.over_slices, dict(config.sizes)
     if slices > 1 and wanted[over] == 1 and getattr(config, over) is None:
@@ -59,13 +62,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
         wish = " × ".join(f"{a} {s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh: {wish} is not the {n} devices that there are; set one axis to -1")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     if sizes[AXES.index(over)] % slices:
         raise UserError(
             f"mesh: {over} {sizes[AXES.index(over)]} does not divide over {slices} slices; set mesh.{over}={slices} or "
             "a multiple, or another mesh.over_slices"
         )
+    if slices == 1 or rehearsed:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     from jax.experimental import mesh_utils
 
     outer = [slices if a == over else 1 for a in AXES]

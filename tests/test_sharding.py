@@ -140,6 +140,11 @@ def test_processes_that_share_rows_hold_the_same_ones():
     assert sharding.own_rows(m, 1, 4, 0) == sharding.own_rows(m, 1, 4, 1) == set(range(4))
 
 
+def test_slices_of_another_machine_are_rehearsed_on_a_cpu():
+    cpus = [Fake(i, 0, platform="cpu") for i in range(8)]
+    assert dict(sharding.make_mesh(Mesh(slices=2), cpus).shape) == dict(sharding.make_mesh(Mesh(), slices(2, 4)).shape)
+
+
 def test_meshes_that_do_not_fit_slices_are_refused():
     with pytest.raises(UserError, match=r"mesh.slices=3: the 8 devices are of 2; leave it out"):
         sharding.make_mesh(Mesh(slices=3), slices(2, 4))

@@ -148,7 +148,7 @@ for i, mesh in enumerate(json.loads(sys.argv[4])):
         print("SPECS", {str(s.sharding.spec) for s in jax.tree.leaves(state.trainable)})
     run.train(c)
 """
-MESHES = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}, {"fsdp": 8}]
+MESHES = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"strategy": "expert", "fsdp": 2}, {"fsdp": 8}]
 
 
 def test_an_expert_axis_changes_nothing(tmp_path, sums_file):
