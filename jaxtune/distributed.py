@@ -42,15 +42,15 @@ _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 def initialize() -> None:
     """Join the other processes, before any other use of JAX; nothing where there are none.
 
-    They are told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX on a TPU slice, under
-    SLURM and under Open MPI.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are; on a TPU slice, under SLURM and
+    under Open MPI JAX finds them.
 
     Raises:
       UserError: the variables are incomplete, or the others cannot be reached.
     """
     if jax.distributed.is_initialized():
         return
-    given = {}
+    given: dict[str, Any] = {}
     if (address := os.environ.get("JAX_COORDINATOR_ADDRESS")) is not None:
         try:
             given = {
@@ -68,7 +68,7 @@ def initialize() -> None:
     if "jax_enable_preemption_service" in jax.config.values:  # it would take SIGTERM from Python's own handler
         jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    wanted = {
+    wanted: dict[str, Any] = {
         "initialization_timeout": int(_seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
         "heartbeat_timeout_seconds": int(_seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
         "shutdown_timeout_seconds": 30,  # of a process that ended by itself
@@ -212,7 +212,7 @@ def differing(first: Any, other: Any, name: str = "") -> list[str]:
 class Watch:
     """Ends this process with code 75, and says which host is to blame, when another is lost, hung or has failed.
 
-    Every process writes its sign of life: a beat, and the number of steps that it has begun. A process whose beat stands
+    Every process writes signs of life: a beat, and the number of steps that it has begun. A process whose beat stands
     still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung.
     """
 
@@ -225,7 +225,7 @@ class Watch:
         self._beats: dict[int, tuple[int, float]] = {}  # the last beat of each, and when it was new
         self._hosts: dict[int, str] = {}
         self._closed = threading.Event()
-        self._life: dict[str, Any] = {}
+        self._life: dict[int, Any] = {}
         self._asked = time.monotonic()
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
 
@@ -257,7 +257,8 @@ class Watch:
     def stop(self, failure: str | None = None) -> None:
         """This process ends: all is done, or why not."""
         self._closed.set()
-        self._write(done=True, failure=failure)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is no more
+            self._write(done=True, failure=failure)
 
     def _write(self, **more: Any) -> None:
         beat = time.monotonic_ns()
@@ -279,6 +280,8 @@ class Watch:
             if (blame := self._to_blame()) is not None and not self._closed.is_set():
                 print(f"stopped: {blame}; run the same command again on all hosts", file=sys.stderr, flush=True)
                 sys.stdout.flush()
+                if first():  # with the coordinator the others lose their voice
+                    time.sleep(self._lost_after / 4)
                 os._exit(RESUME_ME)  # the main thread may wait for the lost one for ever
 
     def _to_blame(self) -> str | None:
@@ -289,7 +292,7 @@ class Watch:
         lives = {i: life for i, life in self._life.items() if i != index()}
         for i, life in lives.items():
             who = f"process {i} on {life['host']}"
-            if life["beat"] != self._beats.get(i, (None, 0.0))[0]:
+            if life["beat"] != self._beats.get(i, (0, 0.0))[0]:
                 self._beats[i] = life["beat"], now
             quiet = now - self._beats[i][1]
             if life.get("failure") and quiet > self._lost_after / 5:  # time for this one to fail by itself

@@ -340,6 +340,13 @@ def putter(
     return put
 
 
+def own_rows(job: Job) -> frozenset[int] | None:
+    """The places of a training batch that this process lays out; None where it is alone."""
+    if distributed.count() == 1:
+        return None
+    return sharding.own_rows(job.mesh, job.config.train.accumulation, job.config.train.batch_size, distributed.index())
+
+
 class Steps:
     """The very step that trains, compiled once for each length of rows that there is."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import config, kernels, log
+from jaxtune import config, distributed, kernels, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
@@ -46,7 +46,8 @@ def introduce(job: Job, compiled: Any) -> None:
             *data.facts,
             ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
-            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"),
+            ("mesh", f"{axes} on {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"
+                     + (f" of {distributed.count()} processes" if distributed.count() > 1 else "")),
             ("compute", c.train.compute_dtype),
             ("attention", _attention(job)),
             ("memory", memory),

@@ -31,6 +31,7 @@ from jaxtune.job import (
     Job,
     Steps,
     compile_step,
+    own_rows,
     prepare,
     putter,
     use_compile_cache,
@@ -84,7 +85,7 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
         compiled = compiling.result()
         trainable, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
         del boxes
-        batches = job.data.train.batches(c.train.batch_size, seed=c.train.seed, row_count=job.rows)
+        batches = job.data.train.batches(c.train.batch_size, seed=c.train.seed, row_count=job.rows, own=own_rows(job))
         if start:
             del trainable  # not two at once
             restored, position = checkpoints.restore(start, job.state.saved())

@@ -45,7 +45,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(d, "slice_index", 0) for d in devices})
-    if config.slices not in (None, slices):
+    rehearsed = devices[0].platform == "cpu" and config.slices is not None  # slices of another machine
+    if rehearsed:
+        slices = config.slices or 1
+    elif config.slices not in (None, slices):
         raise UserError(f"mesh.slices={config.slices}: the {len(devices)} devices are of {slices}; leave it out")
     over, wanted = config.over_slices, dict(config.sizes)
     if slices > 1 and wanted[over] == 1 and getattr(config, over) is None:
@@ -58,13 +61,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
         wish = " × ".join(f"{a} {s}" for a, s in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh: {wish} is not the {n} devices that there are; set one axis to -1")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     if sizes[AXES.index(over)] % slices:
         raise UserError(
             f"mesh: {over} {sizes[AXES.index(over)]} does not divide over {slices} slices; set mesh.{over}={slices} or "
             "a multiple, or another mesh.over_slices"
         )
+    if slices == 1 or rehearsed:
+        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     from jax.experimental import mesh_utils
 
     outer = [slices if a == over else 1 for a in AXES]
@@ -118,15 +121,13 @@ def check_length(mesh: jax.sharding.Mesh, length: int) -> None:
         )
 
 
-def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int) -> frozenset[int] | None:
-    """The rows of a batch, in `micro` micro-batches and filled up, that this process's devices hold; None for all."""
-    if len({d.process_index for d in mesh.devices.flat}) == 1:
-        return None
+def own_rows(mesh: jax.sharding.Mesh, micro: int, rows: int, process: int) -> frozenset[int]:
+    """The rows of a batch, in `micro` micro-batches and filled up, that the devices of a process hold."""
     B = rows // micro
     filled = B + -B % batch_shards(mesh)
-    held = batch_sharding(mesh).addressable_devices_indices_map((filled,)).values()
-    numbers = {b for (s,) in held if s is not None for b in range(*s.indices(filled)) if b < B}
-    return frozenset(a * B + b for a in range(micro) for b in numbers)
+    where: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((filled,))
+    held = {b for d, (s,) in where.items() if d.process_index == process for b in range(*s.indices(filled)) if b < B}
+    return frozenset(a * B + b for a in range(micro) for b in held)
 
 
 # --- weights and state ------------------------------------------------------------------------------------------------

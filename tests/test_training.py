@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtune import blueprint, sharding, tuning
+from jaxtune import blueprint, distributed, sharding, tuning
 from jaxtune.config import Freeze, Full, Lora, Mesh
 from jaxtune.data.encode import Encoded
 from jaxtune.data.packing import lay_out
@@ -16,7 +16,7 @@ from jaxtune.data.pipeline import Batch
 from jaxtune.errors import UserError
 from jaxtune.layers import unbox
 from jaxtune.objectives import sft
-from jaxtune.training import Every, Hooks, State, loop, make_step
+from jaxtune.training import WISHES, Every, Hooks, State, loop, make_step
 from jaxtune.tuning import method as m
 
 
@@ -123,7 +123,8 @@ def run_loop(full, losses, **changes):
     at = iter(losses)
 
     def step(state, batch):
-        return state, {"loss": next(at), "grad_norm": 1.0}
+        told = {WISHES: next(changes["wishes"])} if "wishes" in changes else {}
+        return state, {"loss": next(at), "grad_norm": 1.0, **told}
 
     hooks = Hooks(
         lambda n, v, b: events.append(("log", n)),
@@ -161,6 +162,17 @@ def test_told_to_stop_it_saves_and_leaves(full):
     events = run_loop(full, [1.0] * 5, stop=lambda: next(left))
     assert events[-1] == ("save", 2)
     assert ("log", 2) in events
+
+
+def test_what_several_processes_were_told_is_reported_and_acted_upon_by_all(full):
+    """Each bit is the maximum over all devices; the loop stops one step after the report, and saves."""
+    step = jax.jit(make_step(full.apply, sft.objective, SGD))
+    batch = {k: v[None] for k, v in columns([[e] for e in examples([20])]).items()}
+    for told, want in (([0, 0], 0), ([0, distributed.STOP], 1), ([distributed.SAVE, distributed.STOP], 3)):
+        assert int(step(full.state(SGD), {**batch, WISHES: np.array(told, np.int32)})[1][WISHES]) == want
+    events = run_loop(full, [1.0] * 6, stop=lambda: True, wishes=iter([0, distributed.SAVE, distributed.STOP, 0, 0, 0]))
+    assert events[-1] == ("save", 4)
+    assert ("log", 4) in events
 
 
 def test_bfloat16_computes_nearly_the_same(tiny):

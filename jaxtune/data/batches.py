@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +26,11 @@ class Batch(NamedTuple):
     columns: dict[str, np.ndarray]
     rows: np.ndarray  # int64 [B], -1 where a row is only filled up
     origins: Sequence[str] = ()  # file:line of every example
+    all_tokens: int | None = None  # where only some rows are laid out
 
     @property
     def tokens(self) -> int:
-        return int((self.columns["segment_BT"] > 0).sum())
+        return int((self.columns["segment_BT"] > 0).sum()) if self.all_tokens is None else self.all_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +67,14 @@ class Rows:
         """A row without examples, as columns of `[length]`."""
         return lay_out([], length, self.examples[0], self.segments)
 
-    def batch(self, row_numbers: Sequence[int], size: int) -> Batch:
-        """These rows, of one length T, filled up with empty ones to `size`."""
-        laid = [self.lay_out(i) for i in row_numbers]
-        return stacked(laid, self.empty_row(len(laid[0]["ids_BT"])), row_numbers, self.where(row_numbers), size)
+    def batch(self, row_numbers: Sequence[int], size: int, own: Collection[int] | None = None) -> Batch:
+        """These rows, of one length T, filled up with empty ones to `size`; with `own`, those are laid out alone."""
+        empty = self.empty_row(int(self.widths[row_numbers[0]]))
+        laid = [self.lay_out(i) if own is None or k in own else empty for k, i in enumerate(row_numbers)]
+        batch = stacked(laid, empty, row_numbers, self.where(row_numbers), size)
+        if own is None:
+            return batch
+        return batch._replace(all_tokens=sum(len(self.examples[k].ids) for i in row_numbers for k in self.rows[i]))
 
     def where(self, row_numbers: Sequence[int]) -> list[str]:
         """file:line of every example in the given rows."""
@@ -127,9 +132,11 @@ class Rows:
         rows = math.ceil(len(self) * epochs)
         return (_Bucketed(self, batch_size, seed).upto(rows) if self.buckets else math.ceil(rows / batch_size)), rows
 
-    def batches(self, batch_size: int, *, seed: int | None, row_count: int | None) -> "Batches":
+    def batches(
+        self, batch_size: int, *, seed: int | None, row_count: int | None, own: Collection[int] | None = None
+    ) -> "Batches":
         """The batches of training; see `Batches`."""
-        return Batches(self, batch_size, seed=seed, row_count=row_count)
+        return Batches(self, batch_size, seed=seed, row_count=row_count, own=own)
 
 
 def told(outcomes: Mapping[str, int], data: Data, name: str) -> list[str]:
@@ -163,17 +170,27 @@ class Batches:
     left of a length at its end makes a batch that is filled up. Else rows of the next pass fill the batch.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, *, seed: int | None, row_count: int | None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        *,
+        seed: int | None,
+        row_count: int | None,
+        own: Collection[int] | None = None,
+    ) -> None:
         """Args:
         rows: the packed rows.
         batch_size: rows of a batch.
         seed: of the shuffle; None keeps the order.
         row_count: stop after so many rows; the last batch is filled up with empty ones, or, where rows have several
           lengths, is taken as it is.
+        own: places of a batch whose rows are laid out, where the others belong to other processes.
         """
         import grain
 
-        ds = _bucketed(rows, batch_size, seed, row_count) if rows.buckets else _flat(rows, batch_size, seed, row_count)
+        make = _bucketed if rows.buckets else _flat
+        ds = make(rows, batch_size, seed, row_count, own)
         self._it = iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -199,7 +216,7 @@ class Batches:
         """Let go of what reads ahead."""
 
 
-def _flat(rows: Rows, batch_size: int, seed: int | None, row_count: int | None) -> Any:
+def _flat(rows: Rows, batch_size: int, seed: int | None, row_count: int | None, own: Collection[int] | None) -> Any:
     import grain
 
     ds = grain.MapDataset.source(range(len(rows)))
@@ -210,15 +227,15 @@ def _flat(rows: Rows, batch_size: int, seed: int | None, row_count: int | None) 
         ds = ds.repeat(passes)
     if row_count is not None:
         ds = ds[:row_count]
-    return ds.batch(batch_size, drop_remainder=False, batch_fn=lambda numbers: rows.batch(numbers, batch_size))
+    return ds.batch(batch_size, drop_remainder=False, batch_fn=lambda numbers: rows.batch(numbers, batch_size, own))
 
 
-def _bucketed(rows: Rows, batch_size: int, seed: int | None, row_count: int | None) -> Any:
+def _bucketed(rows: Rows, batch_size: int, seed: int | None, row_count: int | None, own: Collection[int] | None) -> Any:
     import grain
 
     plan = _Bucketed(rows, batch_size, seed)
     n = 2**40 if row_count is None else plan.upto(row_count)
-    return grain.MapDataset.source(range(n)).map(lambda i: rows.batch(plan.row_numbers(i), batch_size))
+    return grain.MapDataset.source(range(n)).map(lambda i: rows.batch(plan.row_numbers(i), batch_size, own))
 
 
 class _Bucketed:

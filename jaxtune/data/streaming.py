@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -185,9 +185,11 @@ class Stream:
             )
         return steps, None
 
-    def batches(self, batch_size: int, *, seed: int | None, row_count: int | None = None) -> "Streamed":
-        """The batches of training."""
-        return Streamed(self, batch_size, seed or 0)
+    def batches(
+        self, batch_size: int, *, seed: int | None, row_count: int | None = None, own: Collection[int] | None = None
+    ) -> "Streamed":
+        """The batches of training; with `own`, the rows in these places of a batch are laid out alone."""
+        return Streamed(self, batch_size, seed or 0, own)
 
 
 class _Window(NamedTuple):
@@ -200,8 +202,8 @@ class _Window(NamedTuple):
 class Streamed:
     """The batches of a stream, made ahead in a thread; `state` goes into a checkpoint and back, and is small JSON."""
 
-    def __init__(self, stream: Stream, batch_size: int, seed: int) -> None:
-        self._stream, self._size, self._seed = stream, batch_size, seed
+    def __init__(self, stream: Stream, batch_size: int, seed: int, own: Collection[int] | None = None) -> None:
+        self._stream, self._size, self._seed, self._own = stream, batch_size, seed, own
         self._reading = Reading(stream.data, stream.sources, stream.reader)
         # the default is for many examples: how many there will be is not known
         self._pool = workers.Pool(stream.encoder, workers.number(stream.data.workers, workers.WORTH))
@@ -279,11 +281,15 @@ class Streamed:
             rows.append(self._window.rows[self._row])
             self._row += 1
         T = self._stream.length
-        laid = [lay_out([e for e, _ in row], T) for row in rows]
+        empty, own = lay_out([], T, rows[0][0][0]), self._own
+        laid = [lay_out([e for e, _ in row], T) if own is None or k in own else empty for k, row in enumerate(rows)]
         numbers = range(self._given, self._given + len(rows))
         self._given += len(rows)
         origins = [origin for row in rows for _, origin in row]
-        return stacked(laid, laid[0], numbers, origins, self._size), self._now()
+        batch = stacked(laid, empty, numbers, origins, self._size)
+        if own is not None:
+            batch = batch._replace(all_tokens=sum(len(e.ids) for row in rows for e, _ in row))
+        return batch, self._now()
 
     def _read_block(self) -> None:
         self._before = self._reading.state

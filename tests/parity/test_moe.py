@@ -148,9 +148,9 @@ for i, mesh in enumerate(json.loads(sys.argv[4])):
         print("SPECS", {str(s.sharding.spec) for s in jax.tree.leaves(state.trainable)})
     run.train(c)
 """
-MESHES: list[dict[str, int]] = [
+MESHES: list[dict[str, int | str]] = [
     {"expert": 2, "fsdp": 2, "tensor": 2},
-    {"expert": 4, "fsdp": 2},
+    {"strategy": "expert", "fsdp": 2},
     {"fsdp": 8},
     {"expert": 2, "context": 2, "fsdp": 2},
 ]

@@ -1,0 +1,155 @@
+"""Processes that agree, stop together, and end when one of them is lost, hung or has failed."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from jaxtune import distributed, log
+from jaxtune.errors import UserError
+from tests.processes import ended, start, together
+
+QUICK = {"JAXTUNE_LOST_AFTER": "5", "JAXTUNE_STEP_TIMEOUT": "6"}
+
+# The watch alone, with steps that need nobody: what happens to a process is the same, and nothing is compiled.
+WATCH = """
+import os, signal, sys, time
+import jax.numpy as jnp
+from jaxtune import distributed
+from jaxtune.errors import UserError
+distributed.initialize()
+what, i = sys.argv[1], distributed.index()
+def step(n):
+    if i == 0 and what == "hung" and n == 3:
+        never = distributed._store().blocking_key_value_get("never", 60000)
+    return None, {"loss": jnp.float32(n)}
+with distributed.watching() as watched:
+    step = watched(step)
+    for n in range(60):
+        step(n)
+        print("step", n, flush=True)
+        if i == 1 and n == 2:
+            if what in ("SIGKILL", "SIGSTOP"):
+                os.kill(os.getpid(), getattr(signal, what))
+            if what == "hung":
+                time.sleep(60)
+            if what == "failed":
+                raise UserError("no such file")
+        time.sleep(1)
+"""
+
+
+AGREE = """
+import sys
+from jaxtune import distributed
+from jaxtune.errors import UserError
+distributed.initialize()
+i = distributed.index()
+distributed.agree("same", {"a": [1, 2]})
+try:
+    distributed.agree("job", {"config": {"optim": {"learning_rate": 0.1 * (1 + i)}}, "devices": 2})
+except UserError as e:
+    print(e)
+"""
+RESTORE = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from jaxtune import distributed, sharding
+from jaxtune.checkpoint import Checkpoints
+from jaxtune.config import Mesh
+distributed.initialize()
+folder, what = Path(sys.argv[1]), sys.argv[2]
+mesh = sharding.make_mesh(Mesh())
+where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+want = np.random.default_rng(0).standard_normal((3, 8, 5)).astype(np.float32)
+checkpoints = Checkpoints(folder)
+if what == "save":
+    checkpoints.save(7, {"trainable": {"w": distributed.put(want, where)}}, {"next": 3}, {})
+else:
+    like = {"trainable": {"w": jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=where)}}
+    state, data = checkpoints.restore(7, like)
+    got = state["trainable"]["w"]
+    assert got.sharding == where and data == {"next": 3}
+    for part in got.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(part.data), want[part.index])
+    whole = distributed.gathered({"w": got})["w"]
+    assert (whole is None) != distributed.first()
+    if distributed.first():
+        np.testing.assert_array_equal(whole, want)
+checkpoints.close()
+"""
+
+
+def test_what_differs_between_hosts_is_named_in_all_of_them():
+    for done in together(AGREE, 2, 1):
+        assert re.search(
+            r"process 1 on \S+ differs from process 0 in config.optim.learning_rate \(0.1 there, 0.2 here\); make",
+            done.stdout,
+        )
+
+
+@pytest.mark.parametrize(("saves", "restores"), [(2, 1), (1, 2)])
+def test_a_checkpoint_is_restored_exactly_by_another_number_of_processes(saves, restores, tmp_path):
+    together(RESTORE, saves, 2, tmp_path / "c", "save")
+    together(RESTORE, restores, 2, tmp_path / "c", "restore")
+
+
+def test_alone_nothing_is_joined_and_nothing_is_compared(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    distributed.initialize()
+    distributed.agree("x", {"a": object()})
+    distributed.wait("x")
+    assert (distributed.count(), distributed.first(), log.hushed()) == (1, True, False)
+    with distributed.watching() as watched:
+        assert watched(test_alone_nothing_is_joined_and_nothing_is_compared) is not None
+
+
+def test_half_a_set_of_variables_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(UserError, match=r"'JAX_NUM_PROCESSES' is not right; set JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        distributed.initialize()
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, True),
+        ({"SLURM_STEP_NODELIST": "n[1-2]"}, True),
+    ],
+)
+def test_clusters_are_found_by_their_variables(monkeypatch, variables, found):
+    for name in (*distributed._CLUSTERS, *distributed._HOSTS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert distributed._in_cluster() is found
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("SIGKILL", "process 1 on .* is lost: no sign of life for"),
+        ("SIGSTOP", "process 1 on .* is lost: no sign of life for"),
+        ("hung", "a step is not done after .* s: process 1 on .* has not begun it"),
+        ("failed", "process 1 on .* has failed: no such file"),
+    ],
+)
+def test_the_others_end_in_bounded_time_and_say_why(what, said):
+    began = time.monotonic()
+    processes = start(WATCH, 2, 1, what, **QUICK)
+    _, err = processes[0].communicate(timeout=120)
+    took = time.monotonic() - began
+    if what == "SIGSTOP":
+        os.kill(processes[1].pid, signal.SIGKILL)
+    ended(processes[1:])
+    assert processes[0].returncode == 75, err
+    assert re.search(f"stopped: {said}", err)
+    assert took < 90
