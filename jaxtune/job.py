@@ -236,6 +236,11 @@ def check_evaluation(c: Config, data: Prepared) -> None:
             raise UserError(f"evaluate.{key} looks at the validation set, and there is none; set data.validation")
     if c.evaluate.task is None:
         return
+    if c.mesh.sizes["stage"] != 1:
+        raise UserError(
+            "evaluate.task writes answers, which a pipeline of stages cannot; leave it out and run `jaxtune evaluate` "
+            "on the export"
+        )
     if distributed.count() > 1:
         raise UserError(
             "evaluate.task answers in one process, and there are several; leave it out and run `jaxtune evaluate` on "

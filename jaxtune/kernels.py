@@ -14,7 +14,7 @@ Dimensions: B batch, T time of the queries, S time of the keys, N query heads, K
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,8 @@ def _spread(
         k_BTKH, v_BTKH = (jnp.repeat(x, copies, axis=2) for x in (k_BTKH, v_BTKH))
 
     def own(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, which: Array, made: Sequence[Any]) -> Array:
-        segment_BS, offset = segment_BT, 0
+        segment_BS: Array = segment_BT
+        offset: Any = 0
         if time is not None:
             gather = functools.partial(jax.lax.all_gather, axis_name=time, axis=1, tiled=True)
             k_BTKH, v_BTKH, segment_BS = gather(k_BTKH), gather(v_BTKH), gather(segment_BT)
@@ -205,7 +206,7 @@ def _splash_kernel(T: int, heads: int, window: int, block: int, parts: int, soft
     """The kernel for rows of a length, of which a device has one of `parts`; a pytree."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-    mask = splash_attention_mask.CausalMask((T, T), shard_count=parts)
+    mask: Any = splash_attention_mask.CausalMask((T, T), shard_count=parts)
     if window < T:
         mask = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0, shard_count=parts)
     sizes = splash_attention_kernel.BlockSizes(
@@ -246,7 +247,7 @@ def _cudnn(
     offset: Any,
     window: Array,
     _: Any,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
     """Segments and window are a mask of `[B, 1, T, S]`, which JAX hands to cuDNN as a bias of the queries' dtype: it
     knows of no other way to tell segments apart."""

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import chips, config, distributed, kernels, log
+from jaxtune import chips, config, distributed, kernels, log, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
 from jaxtune.errors import UserError
 from jaxtune.job import Job, prepare
 from jaxtune.layers import unbox
+from jaxtune.models import pipeline
 from jaxtune.tuning import blocks
 from jaxtune.tuning import method as tuning_method
 
@@ -51,11 +52,20 @@ def introduce(job: Job, compiled: Any) -> None:
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
             ("mesh", f"{axes or 'one device'}: {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"
                      + (f" of {distributed.count()} processes" if distributed.count() > 1 else "")),
+            *_pipeline(job),
             ("compute", c.train.compute_dtype),
             ("attention", _attention(job)),
             ("memory", memory),
         ]
     )  # fmt: skip
+
+
+def _pipeline(job: Job) -> list[tuple[str, str]]:
+    if (S := job.mesh.shape["stage"]) == 1:
+        return []
+    rows = job.config.train.batch_size // job.config.train.accumulation
+    M = pipeline.micro_batches(-(-rows // sharding.batch_shards(job.mesh)), S)
+    return [("pipeline", f"{S} stages, {M} micro-batches at a time; a stage waits {(S - 1) / (M + S - 1):.0%} of it")]
 
 
 def _attention(job: Job) -> str:

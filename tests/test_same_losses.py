@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 
 from tests.tiny import make_config, on_eight_devices, write_jsonl, write_tiny
 
@@ -18,7 +17,6 @@ from jaxtune.layers import unbox
 
 MESHES = {
     "one": (1, {"fsdp": 1}),
-    "context": (8, {"context": 8, "fsdp": 1}),
     "context and rows": (8, {"context": 4, "fsdp": 2}),
     "context, heads and rows": (8, {"context": 2, "tensor": 2, "fsdp": 2}),
     "stages": (8, {"stage": 2, "fsdp": 4}),
@@ -43,53 +41,49 @@ def losses(config, devices, sizes):
             out.append(float(report["loss"]))
     return out, step.as_text()
 
-make_mesh = sharding.make_mesh
-wanted = json.loads(sys.argv[2])
-found = {}
-for file in sys.argv[3:]:
+make_mesh, found = sharding.make_mesh, {}
+for file, names in json.loads(sys.argv[2]).items():
     config = Config.model_validate_json(open(file).read())
-    for name in wanted:
+    for name in names:
         found[f"{file} {name}"], text = losses(config, *MESHES[name])
         gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
         found[f"gathered {name}"] = [[int(n) for n in shape.split(",")] for shape in gathered]
 open(sys.argv[1], "w").write(json.dumps(found))
 """
+WHICH = {
+    "full": ["context, heads and rows", "stages"],
+    "lora": ["context and rows", "stages"],
+}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("same")
-    model = write_tiny(folder / "model", layers=4, kv_heads=1, tied=False)
+def test_losses_are_those_of_one_device(tmp_path):
+    """Packed rows, with rematerialisation, and with micro-batches that add up."""
+    model = write_tiny(tmp_path / "model", layers=4, kv_heads=1, tied=False)
     rng = np.random.default_rng(0)
     texts = ["1 + 2 = 3 the fox eats berries"[: 4 + rng.integers(24)] for _ in range(160)]
-    data = write_jsonl(folder / "data.jsonl", [{"prompt": t[:3], "completion": t[3:]} for t in texts])
-    more = {
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": t[:3], "completion": t[3:]} for t in texts])
+    methods = {
         "full": {"tuning__method": "full", "train__remat": "full"},
         "lora": {"tuning__rank": 4, "train__accumulation": 2},
     }
-    files = []
-    for name, changes in more.items():
+    wanted = {}
+    for name, changes in methods.items():
         config = make_config(
-            model, data, folder / "run", data__packing=True, data__max_length=64, train__batch_size=16, train__steps=10,
-            **changes,
+            model, data, tmp_path / "run", data__packing=True, data__max_length=64, train__batch_size=16,
+            train__steps=10, **changes,
         )  # fmt: skip
-        files.append(folder / f"{name}.json")
-        files[-1].write_text(config.model_dump_json())
-    return folder, files
-
-
-@pytest.mark.parametrize("meshes", [["context and rows", "context, heads and rows"], ["context", "stages"]])
-def test_losses_are_those_of_one_device(made, meshes):
-    folder, files = made
-    on_eight_devices(LOSSES, folder / "losses.json", json.dumps(["one", *meshes]), *files)
-    found = json.loads((folder / "losses.json").read_text())
-    for file in files:
-        want = found[f"{file} one"]
+        file = tmp_path / f"{name}.json"
+        file.write_text(config.model_dump_json())
+        wanted[str(file)] = ["one", *WHICH[name]]
+    on_eight_devices(LOSSES, tmp_path / "losses.json", json.dumps(wanted))
+    found = json.loads((tmp_path / "losses.json").read_text())
+    for file, (one, *meshes) in wanted.items():
+        want = found[f"{file} {one}"]
         assert want[-1] < want[0] - 0.2
         for name in meshes:
             np.testing.assert_allclose(found[f"{file} {name}"], want, rtol=1e-5)
-    for name in meshes:
-        if name.startswith("context"):  # of what has the whole time there are keys, values and segments alone
-            whole = [shape for shape in found[f"gathered {name}"] if 64 in shape]
-            assert whole
-            assert all(shape[2:] in ([], [1, 8]) for shape in whole), whole
+    for name in ("context and rows", "context, heads and rows"):
+        whole = [shape for shape in found[f"gathered {name}"] if 64 in shape]
+        assert whole
+        parts = {tuple(shape[2:]) for shape in whole}
+        assert parts <= {(), (1, 8)}, f"{name}: more than keys, values and segments is gathered"

@@ -340,9 +340,9 @@ class Decoder(nn.Module):
         block = Block(self.c, parent=None)
 
         def layer(weights: Any, x_bTD: Array, own: Own, rest: Any) -> Array:
-            *tables, segment_bT = rest
-            tables_b = tuple(jnp.moveaxis(t, 1, 0) for t in tables)
-            return block.apply({"params": weights}, x_bTD, own, Where(tables_b, segment_bT, None))[0]
+            cos, sin, segment_bT = rest
+            tables = jnp.moveaxis(cos, 1, 0), jnp.moveaxis(sin, 1, 0)
+            return block.apply({"params": weights}, x_bTD, own, Where(tables, segment_bT, None))[0]
 
         if (policy := REMAT_POLICIES[self.c.remat]) is not None:
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)

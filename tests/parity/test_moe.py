@@ -148,11 +148,17 @@ for i, mesh in enumerate(json.loads(sys.argv[4])):
         print("SPECS", {str(s.sharding.spec) for s in jax.tree.leaves(state.trainable)})
     run.train(c)
 """
-MESHES = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"strategy": "expert", "fsdp": 2}, {"fsdp": 8}]
+MESHES: list[dict[str, int | str]] = [
+    {"expert": 2, "fsdp": 2, "tensor": 2},
+    {"strategy": "expert", "fsdp": 2},
+    {"fsdp": 8},
+    {"expert": 2, "context": 2, "fsdp": 2},
+]
 
 
 def test_an_expert_axis_changes_nothing(tmp_path, sums_file):
-    """Losses on eight devices, experts split over two, over four (copied: six experts do not divide) and not at all."""
+    """Losses on eight devices, experts split over two, over four (copied: six experts do not divide) and not at all,
+    and rows split along their length."""
     write(tmp_path / "m", "qwen3_moe")
     done = on_eight_devices(SCRIPT, tmp_path / "m", sums_file, tmp_path, json.dumps(MESHES))
     assert "'expert'" in done.stdout.split("SPECS")[1]
