@@ -31,6 +31,7 @@ from jaxtune.metrics.base import better
 from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
+from jaxtune.nodes.product import check_qwix, with_products
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import State, make_step
 from jaxtune.tuning import method as tuning_method
@@ -165,6 +166,13 @@ def prepare(c: Config) -> Job:
     if head is not None and not head.opens_in_transformers(decoder.family):
         log.warn(
             f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
+        )
+    if c.train.matmuls != "same":
+        check_qwix()
+    if c.train.reduce_dtype == "bfloat16" and c.train.compute_dtype == "float32":
+        raise UserError(
+            "train.reduce_dtype=bfloat16: gradients computed in float32 are added up in it; leave it out, or set "
+            "train.compute_dtype=bfloat16"
         )
     mesh = sharding.make_mesh(c.mesh)
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
@@ -344,7 +352,7 @@ def compile_step(job: Job, length: int | None = None) -> Any:
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
-    step = make_step(apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
+    step = make_step(_trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)
@@ -357,6 +365,14 @@ def compile_step(job: Job, length: int | None = None) -> Any:
         step = optim.one_at_a_time(step, out[0])
     with jax.set_mesh(job.mesh):
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(job.state, batch).compile()
+
+
+def _trained_as(t: config.Train, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its products computed as training asks; measured and exported it is as ever."""
+    wide = t.reduce_dtype == "float32" and t.compute_dtype != "float32"
+    if t.matmuls == "same" and not wide:
+        return apply
+    return lambda weights, batch: apply(with_products(weights, t.matmuls, wide), batch)
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
