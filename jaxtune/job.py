@@ -32,6 +32,7 @@ from jaxtune.metrics.base import better
 from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
+from jaxtune.nodes.product import check_qwix, with_products
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.training import WISHES, State, make_step
 from jaxtune.tuning import method as tuning_method
@@ -169,6 +170,13 @@ def prepare(c: Config) -> Job:
     if head is not None and not head.opens_in_transformers(decoder.family):
         log.warn(
             f"transformers has no {decoder.family} with a head for {c.objective}: the export opens in jaxtune only"
+        )
+    if c.train.matmuls != "same":
+        check_qwix()
+    if c.train.reduce_dtype == "bfloat16" and c.train.compute_dtype == "float32":
+        raise UserError(
+            "train.reduce_dtype=bfloat16: gradients computed in float32 are added up in it; leave it out, or set "
+            "train.compute_dtype=bfloat16"
         )
     mesh = sharding.make_mesh(c.mesh)
     for rows_of in (data.train, data.validation) if data.validation else (data.train,):
@@ -395,7 +403,7 @@ def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
     step = make_step(
-        apply_of(b), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune,
+        _trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune,
         skip=c.train.nonfinite == "skip",
     )  # fmt: skip
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
@@ -419,6 +427,14 @@ def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax
         everywhere = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec(job.mesh.axis_names))
         batch[WISHES] = jax.ShapeDtypeStruct((job.mesh.size,), jnp.int32, sharding=everywhere)
     return job.state, batch
+
+
+def _trained_as(t: config.Train, apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its products computed as training asks; measured and exported it is as ever."""
+    wide = t.reduce_dtype == "float32" and t.compute_dtype != "float32"
+    if t.matmuls == "same" and not wide:
+        return apply
+    return lambda weights, batch: apply(with_products(weights, t.matmuls, wide), batch)
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
