@@ -150,7 +150,8 @@ def _loop(
         checkpoints.save(n, state.saved(), batches.state, about, answered)
 
     def on_save(n: int, state: State) -> None:
-        saver.save(n, lambda: save(n, state))
+        if n < job.steps:  # the last one is waited for, see below
+            saver.save(n, lambda: save(n, state))
 
     def save_now() -> bool:
         return saver.overdue or (not saver.failures and not checkpoints.busy and _asked(out / SAVE_NOW))
