@@ -187,8 +187,9 @@ def _loop(
         checkpoints.save(n, state.saved(), batches.state, about, answered)
 
     def on_save(n: int, state: State) -> None:
-        with clock.on("checkpoint"):
-            saver.save(n, lambda: save(n, state))
+        if n < job.steps:  # the last one is waited for, see below
+            with clock.on("checkpoint"):
+                saver.save(n, lambda: save(n, state))
         runlog.write(n, {}, clock.seconds())
 
     def waited() -> Iterator[Batch]:

@@ -24,16 +24,22 @@ class Saver:
         self.checkpoints = checkpoints
         self._last = start or None  # the last step whose save was begun and is not known to have failed
         self.failures, self._next_try = 0, 0.0
+        self._left_out = False
 
     @property
     def overdue(self) -> bool:
-        """Whether it is time to try again after a failure."""
+        """Whether it is time to try again after a failure, or to make up for a step that was left out."""
+        if self._left_out:
+            return not self.checkpoints.busy
         return self.failures > 0 and time.monotonic() >= self._next_try
 
     def save(self, n: int, save: Save) -> None:
-        """Begin to save step `n`. Where the save before is still going on, the step is left out instead of waiting."""
-        if self.checkpoints.busy and distributed.count() == 1:
-            return log.warn(f"step {n}: the save before is still being written, so this checkpoint is left out")
+        """Begin to save step `n`. Where the save before is still going on, it is put off until that is done."""
+        self._left_out = self.checkpoints.busy and distributed.count() == 1
+        if self._left_out:
+            return log.warn(
+                f"step {n}: the save before is still being written, so this one is put off until it is done"
+            )
         self.settle()
         self._last = None
         try:

@@ -1,3 +1,6 @@
+import random
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ from jaxtune import config
 from jaxtune.checkpoint import Checkpoints, flat, start_step, unflat
 from jaxtune.errors import UserError
 from jaxtune.nodes.lora import LoRA
+from tools.faults import damage
 
 
 def state(seed):
@@ -109,6 +113,23 @@ def test_a_damaged_step_is_named_and_left_out_for_the_one_before(tmp_path, capsy
     c.wait()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "3.bad"]
     c.close()
+
+
+def test_no_damage_of_any_kind_goes_unseen(tmp_path):
+    """Sixty times: a file is changed, cut, swapped or deleted; never is anything restored that was not saved."""
+    saved(tmp_path / "whole", 1, 2).close()
+    chance, named = random.Random(0), 0
+    for i in range(60):
+        shutil.copytree(tmp_path / "whole", folder := tmp_path / f"{i}")
+        damage(folder / "2", chance)
+        c = Checkpoints(folder, read_only=True)
+        newest = c.newest
+        found, data = c.restore(newest, abstract(state(0)))
+        jax.tree.map(np.testing.assert_array_equal, found, state(newest))
+        assert data == {"next": newest}
+        named += newest == 1
+        c.close()
+    assert named == 60
 
 
 def test_all_damaged_is_an_error_every_time(tmp_path):

@@ -101,8 +101,11 @@ def test_a_slow_disk_does_not_hold_the_training(checkpoints, monkeypatch, capsys
     s = Saver(checkpoints)
     s.save(1, saves(checkpoints, 1))
     s.save(2, saves(checkpoints, 2))
-    assert "step 2: the save before is still being written, so this checkpoint is left out" in capsys.readouterr().err
+    assert "step 2: the save before is still being written, so this one is put off" in capsys.readouterr().err
+    assert not s.overdue
     gate.set()
+    assert checkpoints.newest == 1  # waits
+    assert s.overdue
     assert s.finish(3, saves(checkpoints, 3)) is None
     assert checkpoints.steps == [1, 3]
 

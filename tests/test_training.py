@@ -14,6 +14,7 @@ from jaxtune.data.encode import Encoded
 from jaxtune.data.packing import lay_out
 from jaxtune.data.pipeline import Batch
 from jaxtune.errors import UserError
+from jaxtune.guards import Guards
 from jaxtune.layers import unbox
 from jaxtune.objectives import sft
 from jaxtune.training import WISHES, Every, Hooks, State, loop, make_step
@@ -131,11 +132,14 @@ def run_loop(full, losses, **changes):
         lambda n, s: events.append(("evaluate", n)),
         lambda n, s: events.append(("save", n)),
         changes.get("stop", lambda: False),
+        changes.get("save_now", lambda: False),
+        lambda n, values: events.append(("note", n)),
+        lambda n, state: events.append(("back", n)),
     )
     batches = iter([Batch({}, np.array([i])) for i in range(len(losses))])
     args = (None, step, batches, lambda b: b, changes.get("start", 0), len(losses) + changes.get("start", 0))
     try:
-        loop(*args, Every(2, 3), hooks, lambda b: [f"f:{b.rows[0]}"])
+        loop(*args, Every(2, 3), hooks, lambda b: [f"f:{b.rows[0]}"], changes.get("guards"))
     except UserError as e:
         events.append(str(e))
     return events
@@ -188,3 +192,37 @@ def test_bfloat16_computes_nearly_the_same(tiny):
         losses[dtype] = float(report["loss"])
         assert {x.dtype.name for x in jax.tree.leaves(state.trainable)} == {"float32"}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def nan_where_asked(outputs, batch):
+    """The objective, not finite where the mask holds a 7."""
+    loss, count, metrics = sft.objective(outputs, batch)
+    return jnp.where((batch["loss_mask_BT"] == 7).any(), jnp.nan, loss), count, metrics
+
+
+def test_a_step_that_is_left_out_changes_nothing_but_the_count(full):
+    adam = optax.adam(1e-2)
+    batch = {k: v[None] for k, v in columns([[e] for e in examples([20, 9])]).items()}
+    bad = {**batch, "loss_mask_BT": np.full_like(batch["loss_mask_BT"], 7)}
+    step = jax.jit(make_step(full.apply, nan_where_asked, adam, skip=True))
+    state, _ = step(full.state(adam), batch)
+    after, report = step(state, bad)
+    assert not np.isfinite(report["loss"])
+    assert (int(state.step), int(after.step)) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, (state.trainable, state.optimiser), (after.trainable, after.optimiser))
+    assert int(step(after, batch)[0].optimiser[0].count) == 2
+
+
+def test_the_loop_saves_when_asked_and_tells_of_spikes(full):
+    asked = iter([False, True, False, False, False])
+    events = run_loop(full, [1.0] * 5, save_now=lambda: next(asked, False))
+    assert [n for what, n in events if what == "save"] == [2, 3, 5]
+    events = run_loop(full, [1.0 + n % 2 for n in range(40)] + [99.0, 1.0], guards=Guards(spike=6.0))
+    assert [e for e in events if e[0] == "note"] == [("note", 41)]
+
+
+def test_the_loop_goes_back_and_drops_the_step_that_was_on_its_way(full):
+    nan = float("nan")
+    events = run_loop(full, [1.0, 1.0, 1.0, 1.0, nan, nan, 1.0, 1.0], guards=Guards("rollback"))
+    assert [n for what, n in events if what == "log"] == [1, 2, 3, 4, 7, 8]
+    assert [n for what, n in events if what == "back"] == [5]

@@ -177,7 +177,7 @@ def kills(lab: Lab, n: int, chance: random.Random, duration: float, wanted: Any)
             found["kills while saving"] += hit
             taken, whole = _last_step(out), _newest(out)
             found["steps lost, most"] = max(found["steps lost, most"], taken - whole)
-            found["steps lost beyond the interval"] += max(0, taken - whole - EVERY - EVERY * hit)
+            found["steps lost beyond the interval"] += 0 if hit else max(0, taken - whole - EVERY)
         code = lab.finish(out)
         found["runs"] += 1
         resumed = [int(s) for s in re.findall(r"goes on after step (\d+)", _said(out))]
@@ -195,7 +195,9 @@ def _moment(out: Path, children: list[int], saving: bool, delay: float, duration
     deadline = time.monotonic() + (duration if saving else duration * delay)
     before = time.time_ns()
     while time.monotonic() < deadline:
-        if saving and any(_exists(f) and f.stat().st_mtime_ns > before for f in (out / "checkpoints").glob("*.saving*")):
+        if saving and any(
+            _exists(f) and f.stat().st_mtime_ns > before for f in (out / "checkpoints").glob("*.saving*")
+        ):
             time.sleep(0.06 * delay)
             break
         if any(os.waitid(os.P_PID, c, os.WEXITED | os.WNOHANG | os.WNOWAIT) for c in children):
