@@ -36,7 +36,8 @@ def plan(
     c = read_config(arguments)
     _start(names)
     from jaxtune import plan as plans
-    from jaxtune.plan import report, topology as machines
+    from jaxtune.plan import report
+    from jaxtune.plan import topology as machines
 
     if search:
         from jaxtune.plan.search import search as find

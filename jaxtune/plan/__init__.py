@@ -3,13 +3,17 @@
 Without libtpu the state's bytes are exact all the same, and the rest goes by rule.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from jaxtune import log
-from jaxtune.config import Config
+from jaxtune.config import Config, load
+from jaxtune.job import Job
 from jaxtune.plan.counting import flops_per_token
 from jaxtune.plan.report import Report
+from jaxtune.plan.topology import Topology
 
 __all__ = ["Report", "flops_per_token", "plan"]
 
@@ -17,7 +21,7 @@ How = Literal["full", "fast", "rule"]
 
 
 def plan(
-    c: Config,
+    c: Config | str | Path,
     topologies: Sequence[str],
     how: How = "full",
     prices: Mapping[str, float] | None = None,
@@ -26,50 +30,66 @@ def plan(
     """A report for each machine.
 
     Args:
-      c: the run; its model may be a preset's name, and its data need not be there.
+      c: the run, or its YAML file; its model may be a preset's name, and its data need not be there.
       topologies: names such as v5e-8, v6e:2x4, cpu:8, gpu.
       how: "full" compiles the step; "fast" compiles the model with two and with three layers and goes on from there;
         "rule" compiles nothing.
       prices: dollars for a chip and hour, by topology or by chip.
       cache: take what was said of the very same step before.
 
+    >>> plan("configs/llama3-8b-lora.yaml", ["v5e-8", "v6e-8"])[0].fits  # doctest: +SKIP
+    True
+
     Raises:
       UserError: the config does not fit, or a machine is not known.
     """
     from jaxtune.plan import topology
 
+    c = c if isinstance(c, Config) else load(Path(c))
     return [report(c, topology.parse(name, c.mesh.slices or 1), how, prices or {}, cache) for name in topologies]
 
 
+def imagined(c: Config, t: Topology, layers: int | None = None) -> Job:
+    """The job of a config on a machine, with so many layers if given.
+
+    Raises:
+      UserError: the config does not fit, or the machine cannot be had.
+    """
+    from jaxtune.plan import subject, topology
+
+    here = t.platform != "tpu" or topology.has_compiler()
+    return subject.imagined(c, topology.devices(t) if here else topology.stand_ins(t), layers)
+
+
 def report(
-    c: Config, t: Any, how: How = "full", prices: Mapping[str, float] | None = None, cache: bool = True
+    c: Config,
+    t: Topology,
+    how: How = "full",
+    prices: Mapping[str, float] | None = None,
+    cache: bool = True,
+    job: Job | None = None,
 ) -> Report:
-    """The report for one `topology.Topology`; see `plan`."""
-    from jaxtune.plan import compiled, counting, estimate, rule, subject, topology
+    """The report for one machine; see `plan`. A `job` that differs in `train` alone may be given, and saves time."""
+    from jaxtune.plan import compiled, counting, estimate, rule, topology
 
     if t.platform == "tpu" and not topology.has_compiler():
         log.warn("libtpu is missing: state is exact, the rest by rule; pip install 'jaxtune[plan]' compiles the step")
-        how, devices = "rule", topology.stand_ins(t)
-    else:
-        devices = topology.devices(t)
+        how = "rule"
+    job = imagined(c, t) if job is None else dataclasses.replace(job, config=c)
     if t.platform != "tpu":
-        t = topology.here(t, devices)
-    job = subject.imagined(c, devices)
+        t = topology.here(t, job.mesh.devices.flatten())
     layers = job.blueprint.decoder.layers
     if how == "rule":
         done, said = rule.by_rule(job), "by rule, not compiled"
     elif how == "fast" and layers > 3:
-        two, three = (compiled.step(subject.imagined(c, devices, n), t, cache) for n in (2, 3))
-        done, said = (
-            compiled.extrapolated(two, three, layers),
-            f"compiled with 2 and 3 of {layers} layers, and on from there",
-        )
+        two, three = (compiled.step(imagined(c, t, n), t, cache) for n in (2, 3))
+        done = compiled.extrapolated(two, three, layers)
+        said = f"compiled with 2 and 3 of {layers} layers, and on from there"
     else:
         done, said = compiled.step(job, t, cache), f"compiled, all {layers} layers"
     length = c.data.max_length
     count = counting.count(job, length)
-    rows = c.train.batch_size // c.train.accumulation
-    tokens = c.train.accumulation * rows * length
+    tokens = c.train.batch_size * length
     times = None
     if done.reading is not None:
         kernel = done.reading.kernel_flops

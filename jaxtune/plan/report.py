@@ -124,11 +124,11 @@ class Report:
                                f"optimiser {log.size(s.optimiser)}; batch {log.size(s.batch)}"))  # fmt: skip
         if r is not None:
             host = f"; {log.size(r.offloaded)} more in the host's memory" if r.offloaded else ""
-            out.append(("  beside", f"activations {log.size(r.saved - r.offloaded)}{host}; "
+            out.append(("  beside", f"activations {log.size(r.saved - r.offloaded)} kept for the backward pass{host}; "
                                     f"temporaries {log.size(self._rest)}"))  # fmt: skip
         n = self.count
-        out.append(("FLOPs a token", f"{n.total / 1e9:.2f} G useful: forward {n.forward / 1e9:.2f}, gradients of inputs "
-                                     f"{n.inputs / 1e9:.2f}, of weights {n.weights / 1e9:.2f}, attention "
+        out.append(("FLOPs a token", f"{n.total / 1e9:.2f} G useful: forward {n.forward / 1e9:.2f}, gradients of "
+                                     f"inputs {n.inputs / 1e9:.2f}, of weights {n.weights / 1e9:.2f}, attention "
                                      f"{n.attention / 1e9:.2f}"))  # fmt: skip
         if r is not None:
             done = sum(r.flops.values()) + r.kernel_flops
@@ -185,8 +185,8 @@ def _time(seconds: float) -> str:
 def table(reports: list[Report]) -> list[list[str]]:
     """A row for each report under a row of names."""
     priced = any(r.cost is not None for r in reports)
-    head = ["topology", "rows × length", "remat", "peak", "fits", "GFLOPs/token", "sent a step", "step", "tokens/s/chip",
-            "MFU", *(["$/M tokens"] if priced else [])]  # fmt: skip
+    head = ["topology", "rows × length", "remat", "peak", "fits", "GFLOPs/token", "sent a step", "step",
+            "tokens/s/chip", "MFU", *(["$/M tokens"] if priced else [])]  # fmt: skip
     out = [head]
     for r in reports:
         c, read = r.config, r.compiled.reading

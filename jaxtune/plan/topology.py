@@ -141,7 +141,7 @@ def stand_ins(t: Topology) -> Sequence[Any]:
     found = jax.devices("cpu")
     if len(found) < t.devices:
         raise UserError(
-            f"topology {t.name}: {t.devices} devices are not to be had without libtpu once JAX has started; pip install "
-            "'jaxtune[plan]', or run `jaxtune plan` in a process of its own"
+            f"topology {t.name}: {t.devices} devices are not to be had without libtpu once JAX has started; pip "
+            "install 'jaxtune[plan]', or run `jaxtune plan` in a process of its own"
         )
     return found[: t.devices]
