@@ -90,7 +90,8 @@ def test_products_as_convolutions(line: str, pairs: int) -> None:
     a, b = (hlo.shapes(x)[0] for x in line.partition("(")[2].split(" %b")[0].split(" %a, "))
     text = (
         "HloModule m\n\nENTRY %main (a: f32[1]) -> f32[1] {\n"
-        f"  %a = f32[{','.join(map(str, a.dims))}] parameter(0)\n  %b = f32[{','.join(map(str, b.dims))}] parameter(1)\n"
+        f"  %a = f32[{','.join(map(str, a.dims))}] parameter(0)\n"
+        f"  %b = f32[{','.join(map(str, b.dims))}] parameter(1)\n"
         f"  ROOT %c = {line}\n}}\n"
     )
     assert sum(reading.read(text, {"data": 1}).flops.values()) == 2 * pairs
