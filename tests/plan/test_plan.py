@@ -12,6 +12,7 @@ from jaxtune import config, log
 from jaxtune import job as jobs
 from jaxtune.cli import main
 from jaxtune.errors import UserError
+from jaxtune.layers import Rope
 from jaxtune.plan import compiled, estimate, plan, search, subject, topology
 from jaxtune.plan.reading import Collective
 from tests.tiny import write_tiny
@@ -75,7 +76,9 @@ def test_few_layers_go_on_as_all_would_on_this_machine(tmp_path) -> None:
 
 @pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed")
 def test_few_layers_go_on_as_all_would_on_tpus(tmp_path) -> None:
-    folder = write_tiny(tmp_path / "deep", layers=8, embed=256, heads=4, head=64, mlp=512)
+    folder = write_tiny(
+        tmp_path / "deep", layers=8, embed=256, heads=4, head=64, mlp=512, ropes=(Rope(64, context=128),)
+    )
     c = make(folder, attention="xla", batch_size=8, compute_dtype="bfloat16")
     full, fast = (plan(c, ["v5e:2x2"], how)[0] for how in ("full", "fast"))
     assert full.fits
