@@ -112,7 +112,7 @@ def extrapolated(two: Compiled, three: Compiled, layers: int) -> Compiled:
     if two.reading is None or three.reading is None:
         return dataclasses.replace(three, from_layers=(2, 3))
     a, b = two.reading, three.reading
-    sums = [{}, {}]  # of collectives that are alike
+    sums: list[dict[tuple, float]] = [{}, {}]  # of collectives that are alike
     for r, into in zip((a, b), sums, strict=True):
         for c in r.collectives:
             key = c.kind, c.axes, c.size

@@ -62,7 +62,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
     flops: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
     sent: dict[tuple, Collective] = {}
-    unknown, moved, kernel_flops, saved, offloaded = [], 0.0, 0.0, {}, 0.0
+    saved: dict[tuple[str, str], hlo.Shape] = {}
+    unknown: list[str] = []
+    moved = kernel_flops = offloaded = 0.0
     for computation, i, times in hlo.walk(module):
         if times < 0:
             unknown.append(i.op_name or i.name)
