@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtune import job as jobs
-from jaxtune import log, overview
+from jaxtune import log
 from jaxtune.job import Job
 from jaxtune.plan import reading
 from jaxtune.plan.reading import Collective, Reading
@@ -59,7 +60,7 @@ def _on_device(tree: Any) -> int:
     out = 0
     for x in jax.tree.leaves(tree):
         if getattr(x.sharding, "memory_kind", None) not in ("pinned_host", "unpinned_host"):
-            out += overview.held(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype))
+            out += prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return out
 
 
