@@ -6,13 +6,14 @@ import importlib.metadata
 import json
 import os
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxtune import job as jobs
-from jaxtune import log, overview
+from jaxtune import log
 from jaxtune.job import Job
 from jaxtune.plan import reading
 from jaxtune.plan.reading import Collective, Reading
@@ -59,7 +60,7 @@ def _on_device(tree: Any) -> int:
     out = 0
     for x in jax.tree.leaves(tree):
         if getattr(x.sharding, "memory_kind", None) not in ("pinned_host", "unpinned_host"):
-            out += overview.held(jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype))
+            out += prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return out
 
 
@@ -112,7 +113,7 @@ def extrapolated(two: Compiled, three: Compiled, layers: int) -> Compiled:
     if two.reading is None or three.reading is None:
         return dataclasses.replace(three, from_layers=(2, 3))
     a, b = two.reading, three.reading
-    sums = [{}, {}]  # of collectives that are alike
+    sums: list[dict[tuple, float]] = [{}, {}]  # of collectives that are alike
     for r, into in zip((a, b), sums, strict=True):
         for c in r.collectives:
             key = c.kind, c.axes, c.size

@@ -84,7 +84,8 @@ def _products(d: DecoderConfig, name: str, w: Any, plain: Weight) -> list[tuple[
     if (looked_up and not d.tied) or plain.n_in == 0:
         return []
     share = d.top_k / d.experts if "expert" in plain.names else 1.0
-    out, inner, path = [], w, name
+    out: list[tuple[str, float]] = []
+    inner, path = w, name
     while is_node(inner) and getattr(inner, "base", None) is not None:
         inner, path = inner.base, f"{path}/base"
     out.append((path, plain.value.size * share))  # a quantised one is held as codes, but the matrix multiplies

@@ -109,7 +109,8 @@ def shapes(text: str) -> list[Shape]:
 def read(text: str) -> Module:
     """Take a module's text apart."""
     computations: dict[str, Computation] = {}
-    entry, here = "", None
+    entry = ""
+    here: Computation | None = None
     for line in text.splitlines():
         if line.endswith("{") and ("(" in line or line.startswith("ENTRY")) and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").split("(")[0].split()[0].strip().lstrip("%")

@@ -62,7 +62,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
     flops: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
     sent: dict[tuple, Collective] = {}
-    unknown, moved, kernel_flops, saved, offloaded = [], 0.0, 0.0, {}, 0.0
+    saved: dict[tuple[str, str], hlo.Shape] = {}
+    unknown: list[str] = []
+    moved = kernel_flops = offloaded = 0.0
     for computation, i, times in hlo.walk(module):
         if times < 0:
             unknown.append(i.op_name or i.name)
@@ -192,28 +194,37 @@ def _traffic(module: Module, computation: str, i: Instruction) -> float:
     """Bytes to and from HBM of one instruction that runs on its own."""
     if i.opcode in _FREE or i.opcode.endswith("-done") or _kind(computation, i) is not None:
         return 0.0
-    fused = module.computations.get(i.called[0], {}) if i.opcode == "fusion" and i.called else {}
-    parameters = {int(p.arguments): p.name for p in fused.values() if p.opcode == "parameter" and p.arguments.isdigit()}
     read = 0.0
     for n, operand in enumerate(i.operands):
         whole = sum(s.bytes for s in module.shape(computation, operand) if s.in_hbm)
-        users = [u for u in fused.values() if parameters.get(n) in u.operands] if fused else [i]
-        if whole and users and all(_part(u, parameters.get(n, operand)) for u in users):
-            part = sum(s.bytes for u in users if "update" not in u.opcode for s in u.shapes)
-            whole = min(whole, part)
-        read += whole
+        read += _needed(module, i, n, operand, whole) if whole else 0.0
     written = sum(s.bytes for s in i.shapes if s.in_hbm)
-    last = next((u for u in fused.values() if u.root), i)
+    place = i.called[0] if i.opcode == "fusion" and i.called else computation
+    last = (module.root(place) if place != computation else None) or i
     if last.opcode == "dynamic-update-slice":
-        place = i.called[0] if fused else computation
         written = min(written, sum(s.bytes for s in module.shape(place, last.operands[1])))
     return read + written
 
 
-def _part(user: Instruction, name: str) -> bool:
-    """Whether an instruction reads but a slice of this operand, or writes one into it."""
-    sliced = user.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
-    return sliced and user.operands[0] == name
+def _needed(module: Module, user: Instruction, n: int, name: str, whole: float) -> float:
+    """Bytes that an instruction reads of its operand number `n`: all, or what it slices; none of what it writes to."""
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        return 0.0
+    if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+        return min(whole, sum(s.bytes for s in user.shapes))
+    if user.opcode != "fusion" or not user.called:
+        return whole
+    inner = module.computations.get(user.called[0], {})
+    names = {next((p.name for p in inner.values() if p.opcode == "parameter" and p.arguments == str(n)), "")}
+    total = 0.0
+    for i in inner.values():
+        for k, operand in enumerate(i.operands):
+            if operand in names and i.opcode == "bitcast":
+                names.add(i.name)
+                total += whole if i.root else 0.0
+            elif operand in names:
+                total += _needed(module, i, k, operand, whole)
+    return min(total, whole)
 
 
 def _kept(module: Module, i: Instruction) -> hlo.Shape | None:

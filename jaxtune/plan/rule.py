@@ -7,6 +7,9 @@ Dimensions: L layers, D embed, N query heads, K key/value heads, H head dim, F m
 """
 
 from math import prod
+from typing import Any
+
+import jax
 
 from jaxtune.job import Job
 from jaxtune.layers import unbox
@@ -48,6 +51,8 @@ def by_rule(job: Job) -> Compiled:
         + A * here * d.layers * 2.0 * ((24 + 8 * again) * d.embed + (6 + 3 * again) * (mlp + heads))
         + 8.0 * A * here * d.rows / split
     )
+    if getattr(c.tuning, "base", None):  # the matrices are made from codes in each pass: written and read
+        moved += passes * 4.0 * _numbers(job.blueprint.plain) / split
     sent = []
     axes = tuple(a for a in ("fsdp", "expert", "context") if mesh.shape[a] > 1)
     if gathers > 1:
@@ -64,11 +69,12 @@ def by_rule(job: Job) -> Compiled:
 
 def _bytes(job: Job) -> float:
     """Of all layers' weights in the dtype that they are multiplied in, or held in where that is less."""
-    import jax
+    return float(sum(prod(x.shape) * min(x.dtype.itemsize, 2) for x in _of_layers(job.blueprint.weights)))
 
-    total = 0.0
-    for name, tree in job.blueprint.weights.items():
-        if name.startswith("layers_"):
-            leaves = jax.tree.leaves(unbox(tree))
-            total += sum(prod(x.shape) * min(x.dtype.itemsize, 2) for x in leaves)
-    return total
+
+def _numbers(weights: Any) -> int:
+    return sum(prod(x.shape) for x in _of_layers(weights))
+
+
+def _of_layers(weights: Any) -> list[Any]:
+    return jax.tree.leaves([unbox(tree) for name, tree in weights.items() if name.startswith("layers_")])

@@ -1,61 +1,17 @@
 """Matrix-product FLOPs of the compiled step, read from its optimised HLO, beside the count by hand."""
 
-import math
-import re
 from pathlib import Path
 
+from jaxtune.plan import reading
 from tools.bench import contenders as c
-
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 def compiled(text: str) -> float:
-    """FLOPs of all dots in optimised HLO: 2 × elements of the result × contracted size, times the trips of loops."""
-    bodies: dict[str, list[str]] = {}
-    entry, name = "", ""
-    for line in text.splitlines():
-        if line.endswith("{") and ("(" in line or line.startswith("ENTRY")):
-            name = line.removeprefix("ENTRY ").split("(")[0].split()[0].strip().lstrip("%")
-            bodies[name] = []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name:
-            bodies[name].append(line)
-
-    def dims(operand: str, body: list[str]) -> list[int]:
-        inline = _SHAPE.match(operand.strip())
-        if inline is None:
-            ref = re.escape(operand.strip().lstrip("%").split()[-1])
-            definition = next(x for x in body if re.match(rf"\s*(ROOT )?%?{ref} = ", x))
-            inline = _SHAPE.search(definition.split(" = ", 1)[1])
-        assert inline is not None
-        return [int(n) for n in inline[1].split(",") if n]
-
-    def cost(name: str) -> float:
-        total = 0.0
-        for line in bodies[name]:
-            if " dot(" in line:
-                result = _SHAPE.search(line.split(" = ", 1)[1])
-                assert result is not None
-                out = math.prod(int(n) for n in result[1].split(",") if n)
-                lhs = re.search(r" dot\((\w+\[[^\]]*\](?:\{[^}]*\})? )?%?([\w.\-]+)", line)
-                assert lhs is not None
-                shape = dims(lhs[1] or lhs[2], bodies[name])
-                axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
-                assert axes is not None
-                total += 2 * out * math.prod(shape[int(i)] for i in axes[1].split(",") if i)
-            trips = 1
-            if " while(" in line:
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                if known is None:
-                    raise ValueError(f"a loop of unknown length: {line.strip()[:120]}")
-                trips = int(known[1])
-            for called in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line):
-                total += trips * cost(called)
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                total += max(cost(b.strip().lstrip("%")) for b in branches.split(","))
-        return total
-
-    return cost(entry)
+    """FLOPs of all matrix products in optimised HLO, those of loops times their trips."""
+    found = reading.read(text, {"data": 1})
+    if found.unknown_loops:
+        raise ValueError(f"a loop of unknown length: {found.unknown_loops[0]}")
+    return sum(found.flops.values())
 
 
 def by_hand(method: str) -> float:

@@ -1,0 +1,148 @@
+"""Reports: what is exact is exact, what goes on from few layers is near, what is missing is said."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+import yaml
+
+from jaxtune import config, log
+from jaxtune import job as jobs
+from jaxtune.cli import main
+from jaxtune.errors import UserError
+from jaxtune.layers import Rope
+from jaxtune.plan import compiled, estimate, plan, search, subject, topology
+from jaxtune.plan.reading import Collective
+from tests.tiny import write_tiny
+
+WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def no_libtpu(monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else found(name, *a))
+    monkeypatch.setattr(log, "_WARNED", set())
+
+
+def make(model: object, **train: object) -> config.Config:
+    shape = {"batch_size": 4, "compute_dtype": "float32", **train}
+    return config.load(None, {"model": str(model), "data": {"max_length": 32}, "train": shape})
+
+
+def test_names_of_machines() -> None:
+    assert topology.parse("v5litepod-16").name == "v5e:4x4"
+    assert topology.parse("v5p-8").shape == (2, 2, 1)
+    assert topology.parse("v6e:2x4").devices == 8
+    assert topology.parse("tpu7x-8").devices == 8  # four chips of two
+    for wrong in ("v5e-7", "h100-8", "v5e", "tpu"):
+        with pytest.raises(UserError, match="topology"):
+            topology.parse(wrong)
+
+
+def test_a_model_that_is_not_known() -> None:
+    with pytest.raises(UserError, match="did you mean 'llama3.1-8b'"):
+        subject.model_config("llama3.1-8")
+
+
+def test_a_plan_of_this_machine_is_the_compilers_and_is_kept(tiny) -> None:
+    c = make(tiny)
+    first, second = plan(c, ["cpu:1"])[0], plan(c, ["cpu:1"])[0]
+    m = jobs.compile_step(subject.imagined(c, jax.devices()[:1])).memory_analysis()
+    assert first.compiled.peak >= m.argument_size_in_bytes
+    assert 0 <= m.argument_size_in_bytes - first.state.total <= 64  # the step's number and the key
+    assert not first.compiled.cached
+    assert second.compiled.cached
+    assert dataclasses.replace(second.compiled, cached=False) == first.compiled
+    assert first.fits is None  # a CPU is not in the table
+    assert "computed" in [name.strip() for name, _ in first.lines()]
+
+
+def test_few_layers_go_on_as_all_would_on_this_machine(tmp_path) -> None:
+    c = make(write_tiny(tmp_path / "deep", layers=6), remat="none")
+    full, fast = (plan(c, ["cpu:1"], how)[0] for how in ("full", "fast"))
+    assert fast.how == "compiled with 2 and 3 of 6 layers, and on from there"
+    assert sum(fast.compiled.reading.flops.values()) == pytest.approx(
+        sum(full.compiled.reading.flops.values()), rel=0.03
+    )
+
+
+@pytest.mark.skipif(WITHOUT_LIBTPU, reason="libtpu is not installed")
+def test_few_layers_go_on_as_all_would_on_tpus(tmp_path) -> None:
+    folder = write_tiny(
+        tmp_path / "deep", layers=8, embed=256, heads=4, head=64, mlp=512, ropes=(Rope(64, context=128),)
+    )
+    c = make(folder, attention="xla", batch_size=8, compute_dtype="bfloat16")
+    full, fast = (plan(c, ["v5e:2x2"], how)[0] for how in ("full", "fast"))
+    assert full.fits
+    for what in ("flops", "moved"):
+        a, b = (getattr(r.compiled.reading, what) for r in (full, fast))
+        a, b = (sum(x.values()) if isinstance(x, dict) else x for x in (a, b))
+        assert b == pytest.approx(a, rel=0.03), what
+    assert fast.compiled.peak == pytest.approx(full.compiled.peak, rel=0.03)
+    assert full.compiled.reading.unknown_loops == []
+    assert {axis for c in full.compiled.reading.collectives for axis in c.axes} == {"fsdp"}
+    assert full.compiled.reading.saved == 8 * 2 * 32 * 256 * 2  # the input of each layer, two rows a chip
+
+
+def test_without_libtpu_state_is_exact_and_the_rest_said_to_be_a_rule(tiny, no_libtpu, capsys) -> None:
+    r = plan(make(tiny), ["v5e-1"])[0]
+    assert "pip install 'jaxtune[plan]'" in capsys.readouterr().err
+    assert r.how.startswith("by rule")
+    assert r.fits
+    job = subject.imagined(make(tiny), jax.devices()[:1])
+    assert r.state.frozen == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.state.frozen))
+    with pytest.raises(UserError, match="pip install"):
+        plan(make(tiny), ["v5e-256"])
+
+
+def test_an_estimate_is_the_slowest_of_three() -> None:
+    t = topology.parse("v5e:2x4")
+    c = Collective("all-gather", ("fsdp",), 8, 8e9, 1.0, "")
+    assert estimate.bandwidth(t, c) == 2 * 45e9  # two axes, neither of which closes
+    assert estimate.bandwidth(topology.parse("v5p:4x4x4"), dataclasses.replace(c, size=64)) == 6 * 90e9
+    s = estimate.Seconds(1.0, 3.0, 2.0)
+    assert (s.overlapped, s.one_by_one, s.bound) == (3.0, 6.0, "memory")
+
+
+def test_a_refusal_of_the_compiler_is_read() -> None:
+    found = compiled._refused("RESOURCE_EXHAUSTED: Ran out of memory. Used 17.50G of 15.75G hbm. Exceeded by 1.75G.")
+    assert found is not None
+    assert (found.peak, found.fits, found.limit) == (17.5 * 2**30, False, 15.75 * 2**30)
+    assert compiled._refused("something else") is None
+
+
+def test_a_search_gives_yaml_that_fits(no_libtpu) -> None:
+    c = config.load(None, {"model": "smollm2-135m", "data": {"max_length": 512}, "train": {"batch_size": 8}})
+    found = search.search(c, topology.parse("v5e-1"), how="rule")
+    assert found.best is not None
+    assert found.best.fits
+    assert found.tried > 20
+    pasted = yaml.safe_load(found.text().partition("fits:\n")[2].rpartition("\n  estimate")[0])
+    merged = config.load(None, c.model_dump(mode="json", exclude={"tuning"}), pasted or {})
+    assert merged.train == found.best.config.train
+
+
+def test_when_nothing_fits_it_says_by_how_much_and_what_to_change(no_libtpu) -> None:
+    c = config.load(None, {"model": "llama3.1-8b", "tuning": {"method": "full"}, "train": {"batch_size": 1}})
+    text = search.search(c, topology.parse("v5e-1"), how="rule").text()
+    assert "nothing fits" in text
+    assert "too many" in text
+    assert "tuning.method=lora" in text
+
+
+def test_the_verb_prints_json_and_tables(tiny, capsys) -> None:
+    keys = [f"model={tiny}", "data.max_length=32", "train.batch_size=4", "--how", "rule", "--topology", "cpu"]
+    with pytest.raises(SystemExit) as e:
+        main(["plan", *keys, "--json"])
+    assert e.value.code == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["memory"]["peak"] > told["memory"]["frozen"] > 0
+    assert told["flops_per_token"]["total"] > 0
