@@ -171,8 +171,8 @@ def prepare(c: Config) -> Job:
     steps, row_count = data.train.extent(c.train.batch_size, c.train.epochs, c.train.steps, c.train.seed)
     training = tuning_method.Training(steps, c.optim, c.train, lambda text: words(text).input_ids)
     b = blueprint.draw(
-        folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read, vocab,
-        c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
+        folder, lambda d: make_method(c.tuning, read, d, training), mesh, c.train.compute_dtype, c.train.remat, read,
+        vocab, c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed,
     )  # fmt: skip
     if read is not None:
         read.check_all_used()
