@@ -30,6 +30,7 @@ STOP, SAVE = 1, 2  # bits of a wish
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 _LOST_S, _HEARTBEAT_S, _INIT_S = 60.0, 100, 300
 _STEP_S, _STEPS = 60.0, 20  # a step is hung after so many seconds, or so many times the usual
+_PREPARING_MS = 3_600_000  # hosts may tokenise at different speeds; a lost one is found before
 _FIRST_STEP_S = 600.0  # hosts read weights at different speeds
 # Variables by which `jax.distributed.initialize` finds the others by itself; the second ones hold lists.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
@@ -179,7 +180,7 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
     """
     if count() == 1:
         return
-    store, ms = _store(), 1000 * int(_seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S))
+    store, ms = _store(), _PREPARING_MS
     key = f"jaxtune/{what}"
     store.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
     if first():
@@ -190,7 +191,7 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
                 verdict = f"process {i} on {host} differs from process 0 in {', '.join(odd)}; make them the same"
                 break
         store.key_value_set(f"{key}/verdict", verdict)
-    if verdict := store.blocking_key_value_get(f"{key}/verdict", 2 * ms):
+    if verdict := store.blocking_key_value_get(f"{key}/verdict", ms):
         raise UserError(verdict)
 
 

@@ -47,7 +47,7 @@ def start(script: str, count: int, devices: int, *args: object, **env: str) -> l
     ]  # fmt: skip
 
 
-def ended(processes: list[subprocess.Popen[str]], timeout: float = 240) -> list[Done]:
+def ended(processes: list[subprocess.Popen[str]], timeout: float = 600) -> list[Done]:
     """Wait for processes; none stays behind."""
     done = []
     try:

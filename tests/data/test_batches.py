@@ -52,6 +52,17 @@ def test_fill_up_rows_are_empty():
     assert not last.columns["segment_BT"][1:].any()
 
 
+def test_processes_lay_out_their_own_rows_and_together_all_of_them():
+    """Seven rows, three at a time: the set does not divide, nor does a batch over two processes."""
+    whole = list(Batches(rows(7), 3, seed=0, row_count=7))
+    parts = [list(Batches(rows(7), 3, seed=0, row_count=7, own=own)) for own in ({0, 1}, {2})]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        for name, x in batch.columns.items():
+            np.testing.assert_array_equal(sum(s.columns[name] for s in shares), x)
+        for share in shares:
+            assert (share.tokens, share.origins) == (batch.tokens, batch.origins)
+
+
 @given(st.integers(1, 99), st.integers(1, 40), st.floats(0.01, 4))
 def test_there_is_a_batch_for_every_step(n, batch_size, epochs):
     steps, taken = rows(n).extent(batch_size, epochs, None, 0)

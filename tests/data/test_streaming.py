@@ -105,6 +105,14 @@ def test_processes_encode_the_same(words, files):
         batches.close()
 
 
+def test_processes_lay_out_their_own_rows(words, files):
+    made = [stream(words, files).batches(2, seed=0, own=own) for own in (None, {0}, {1})]
+    for whole, *shares in zip(*(first(m, 5) for m in made), strict=True):
+        for name, x in whole.columns.items():
+            np.testing.assert_array_equal(sum(s.columns[name] for s in shares), x)
+        assert {s.tokens for s in shares} == {whole.tokens}
+
+
 def test_a_state_can_be_set_on_a_stream_that_has_run(words, files):
     batches = stream(words, files).batches(2, seed=0)
     start = batches.state
