@@ -352,7 +352,9 @@ def compile_step(job: Job, length: int | None = None) -> Any:
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
     b = job.blueprint
-    step = make_step(_trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune)
+    step = make_step(
+        _trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune
+    )
     rows = c.train.batch_size // c.train.accumulation
     rows += -rows % sharding.batch_shards(job.mesh)
     where, lead = sharding.batch_sharding(job.mesh, lead=1), (c.train.accumulation, rows)

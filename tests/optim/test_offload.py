@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxtune import job as jobs
-from jaxtune import log, run, sharding
-from jaxtune.errors import UserError
+from jaxtune import log, run
 from tests.tiny import make_config
 
 
@@ -22,7 +21,11 @@ def weights(folder):
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"train__ema": 0.9, "optim__name": "adamw8bit"}, {"optim__name": "schedule_free", "optim__schedule": "constant"}],
+    [
+        {},
+        {"train__ema": 0.9, "optim__name": "adamw8bit"},
+        {"optim__name": "schedule_free", "optim__schedule": "constant"},
+    ],
 )
 def test_state_lies_on_the_host_and_losses_are_the_same(tiny, sums_file, tmp_path, keys):
     keys = {"tuning": {"method": "full"}, "data__validation": 4, "evaluate__every": 3, **keys}
@@ -46,3 +49,11 @@ def test_a_stopped_run_goes_on_with_and_without(tiny, sums_file, tmp_path):
         shutil.copytree(whole / "checkpoints/4", folder / "checkpoints/4")
         run.train(make_config(tiny, sums_file, folder, optim__offload=offload, **keys))
         assert weights(folder) == weights(whole)
+
+
+def test_layers_inputs_on_the_host_change_nothing(tiny, sums_file, tmp_path):
+    runs = [
+        losses(run.train(make_config(tiny, sums_file, tmp_path / remat, train__remat=remat)))
+        for remat in ("full", "offload")
+    ]
+    np.testing.assert_array_equal(*runs)
