@@ -1,5 +1,6 @@
 import types
 
+import jax
 import pytest
 
 from jaxtune import job, overview
@@ -18,6 +19,22 @@ def test_a_quantised_base_has_the_parameters_that_it_had(tiny, sums_file, tmp_pa
     said = capsys.readouterr().out
     assert f"{base:,} parameters" in said
     assert f"{adapters:,} of {base + adapters:,} train" in said
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"optim__name": "muon", "train__ema": 0.9},
+        {"optim__name": "adamw8bit", "optim__offload": True},
+        {"optim__name": "schedule_free", "optim__schedule": "constant", "optim__offload": True},
+        {"optim__name": "adafactor"},
+    ],
+)
+def test_a_step_takes_over_the_memory_of_the_state(tiny, sums_file, tmp_path, keys):
+    prepared = job.prepare(make_config(tiny, sums_file, tmp_path / "r", tuning={"method": "full"}, **keys))
+    reused = job.compile_step(prepared).memory_analysis().alias_size_in_bytes
+    single = sum(4 for x in jax.tree.leaves(prepared.state) if x.size == 1)  # Adafactor's of what is not factored
+    assert overview.held(prepared.state) - single <= reused <= overview.held(prepared.state)
 
 
 def test_a_file_is_no_model_folder(tiny):

@@ -49,7 +49,7 @@ def averaging(tx: optax.GradientTransformation, decay: float) -> optax.GradientT
 def averaged(state: Any, trainable: Tree) -> Tree:
     """The weights to measure and to export: the optimiser's average where it keeps one, else `trainable` itself.
 
-    They lie where `trainable` does, also where the optimiser's state is offloaded. Arrays, not within a jitted function.
+    They lie where `trainable` does, also where the optimiser's state is offloaded. For arrays, outside of `jax.jit`.
     """
 
     def near(tree: Tree) -> Tree:

@@ -49,3 +49,11 @@ def test_a_stopped_run_goes_on_with_and_without(tiny, sums_file, tmp_path):
         shutil.copytree(whole / "checkpoints/4", folder / "checkpoints/4")
         run.train(make_config(tiny, sums_file, folder, optim__offload=offload, **keys))
         assert weights(folder) == weights(whole)
+
+
+def test_layers_inputs_on_the_host_change_nothing(tiny, sums_file, tmp_path):
+    runs = [
+        losses(run.train(make_config(tiny, sums_file, tmp_path / remat, train__remat=remat)))
+        for remat in ("full", "offload")
+    ]
+    np.testing.assert_array_equal(*runs)
