@@ -26,8 +26,8 @@ def is_run(folder: Path) -> bool:
 def model_folder(folder: Path, prepare: Callable[[Config], Any]) -> Path:
     """The weights of a run's newest whole checkpoint, or of its best, as a Hugging Face folder in float32.
 
-    An export has the base's own dtype, often bfloat16, to which trained weights are rounded; here nothing is. The folder
-    is written once, into the run's, as `model-<step>`. `prepare` is `job.prepare`.
+    An export has the base's own dtype, often bfloat16, to which trained weights are rounded; here nothing is. The
+    folder is written once, into the run's, as `model-<step>`. `prepare` is `job.prepare`.
 
     Raises:
       UserError: the run has no checkpoint that is whole.

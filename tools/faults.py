@@ -1,8 +1,8 @@
 """A campaign of faults against real runs of a tiny model, on this machine alone.
 
-Runs are killed with SIGKILL at random moments, half of them while a checkpoint is being written; files of checkpoints are
-changed, cut, swapped and deleted; the disk takes no more bytes. After each fault the same command is given again until
-it is done, and the end is compared with that of a run that nobody disturbed: losses and weights, bit by bit.
+Runs are killed with SIGKILL at random moments, half of them while a checkpoint is being written; files of checkpoints
+are changed, cut, swapped and deleted; the disk takes no more bytes. After each fault the same command is given again
+until it is done, and the end is compared with that of a run that nobody disturbed: losses and weights, bit by bit.
 
     python -m tools.faults --kills 200 --corrupt 60 --full 20          # about 20 minutes on 2 cores
     python -m tools.faults --kills 20 --processes 2                    # runs of two processes, joined over loopback
@@ -13,6 +13,7 @@ Which file, which byte and which moment follow from `--seed`; what a moment hits
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import re
@@ -277,7 +278,7 @@ def full(lab: Lab, n: int, chance: random.Random, wanted: Any) -> Counter[str]:
         def before(first: int = first, last: int = last, size: int = size) -> None:
             from jaxtune import log, saving
 
-            saving._FIRST = 0.1  # type: ignore[attr-defined]
+            saving._FIRST = 0.1
             step = log.RunLog.step
 
             def limited(self: Any, at: int, *rest: Any, **options: Any) -> None:
@@ -285,7 +286,7 @@ def full(lab: Lab, n: int, chance: random.Random, wanted: Any) -> Counter[str]:
                 unlimited = resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size if first <= at < last else unlimited, unlimited))
 
-            log.RunLog.step = limited  # type: ignore[method-assign]
+            log.RunLog.step = limited  # type: ignore[method-assign, assignment]
 
         code, said = lab.finish(out, before), _said(out)
         found["runs"] += 1
@@ -364,14 +365,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _import_everything() -> None:
     """What runs need, without touching a device: forks must not share one."""
-    import matplotlib.backends.backend_agg
-    import orbax.checkpoint
-    import tensorboardX.event_file_writer
-    import transformers  # noqa: F401
     from jax._src import xla_bridge
 
-    from jaxtune import cli, run  # noqa: F401
-
+    for name in ("jaxtune.run", "jaxtune.cli", "orbax.checkpoint", "transformers", "tensorboardX.event_file_writer"):
+        importlib.import_module(name)
     assert not xla_bridge.backends_are_initialized()
 
 
