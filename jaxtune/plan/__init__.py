@@ -32,8 +32,8 @@ def plan(
     Args:
       c: the run, or its YAML file; its model may be a preset's name, and its data need not be there.
       topologies: names such as v5e-8, v6e:2x4, cpu:8, gpu.
-      how: "full" compiles the step; "fast" compiles the model with two and with three layers and goes on from there;
-        "rule" compiles nothing.
+      how: "full" compiles the step; "fast" compiles the model with two and with three layers and goes on from there
+        (bytes moved may then be off by a fifth: small arrays stay on the chip); "rule" compiles nothing.
       prices: dollars for a chip and hour, by topology or by chip.
       cache: take what was said of the very same step before.
 

@@ -82,10 +82,8 @@ def test_few_layers_go_on_as_all_would_on_tpus(tmp_path) -> None:
     c = make(folder, attention="xla", batch_size=8, compute_dtype="bfloat16")
     full, fast = (plan(c, ["v5e:2x2"], how)[0] for how in ("full", "fast"))
     assert full.fits
-    for what in ("flops", "moved"):
-        a, b = (getattr(r.compiled.reading, what) for r in (full, fast))
-        a, b = (sum(x.values()) if isinstance(x, dict) else x for x in (a, b))
-        assert b == pytest.approx(a, rel=0.03), what
+    done, near = (sum(r.compiled.reading.flops.values()) for r in (full, fast))
+    assert near == pytest.approx(done, rel=0.03)
     assert fast.compiled.peak == pytest.approx(full.compiled.peak, rel=0.03)
     assert full.compiled.reading.unknown_loops == []
     assert {axis for c in full.compiled.reading.collectives for axis in c.axes} == {"fsdp"}
