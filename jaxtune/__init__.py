@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtune.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxtune.planning import Report
     from jaxtune.tuned import Run, Tuned
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "load", "load_several", "train"]
+__all__ = ["UserError", "load", "load_several", "plan", "train"]
 
 
 def train(config: str | Path | None = None, overrides: Mapping[str, Any] | None = None, **keys: Any) -> Run:
@@ -39,6 +40,31 @@ def train(config: str | Path | None = None, overrides: Mapping[str, Any] | None 
         keys["data"] = {"train": str(keys["data"])}
     layers = [configs.nested(keys), configs.nested(overrides or {})]
     return Run(run.train(configs.load(Path(config) if config is not None else None, *layers)))
+
+
+def plan(
+    config: str | Path | None = None,
+    topologies: str | Sequence[str] = "v5e-8",
+    overrides: Mapping[str, Any] | None = None,
+    how: Literal["full", "fast", "rule"] = "full",
+    prices: Mapping[str, float] | None = None,
+    **keys: Any,
+) -> list[Report]:
+    """What a run takes on machines that need not be here, see `jaxtune.planning.plan`; config and keys as of `train`.
+
+    TPUs are compiled for in this process, which is then best kept to its CPU: `JAX_PLATFORMS=cpu`.
+
+    >>> jaxtune.plan("llama3-8b-lora.yaml", ["v5e-8", "v6e-8"], model="llama3.1-8b")[0].fits  # doctest: +SKIP
+    True
+    """
+    from jaxtune import config as configs
+    from jaxtune import planning
+
+    names = [topologies] if isinstance(topologies, str) else list(topologies)
+    c = configs.load(
+        Path(config) if config is not None else None, configs.nested(keys), configs.nested(overrides or {})
+    )
+    return planning.plan(c, names, how, prices)
 
 
 def load(model: str | Path, adapter: str | None = None, dtype: str = "float32") -> Tuned:

@@ -155,7 +155,7 @@ class RunLog:
     ) -> None:
         """After step `n`: `tokens` were read; a line is written where `write` says so, the live line always moves.
 
-        `flops` are the useful ones of the step (`jaxtune.plan.counting`): those of padding and of what the backward
+        `flops` are the useful ones of the step (`jaxtune.planning.counting`): those of padding and of what the backward
         pass computes again do not count. `seconds` is where the time of the run went up to here.
         """
         now = time.perf_counter()

@@ -40,7 +40,7 @@ from jaxtune.job import (
     use_compile_cache,
 )
 from jaxtune.layers import unbox
-from jaxtune.plan.counting import flops_per_token
+from jaxtune.planning.counting import flops_per_token
 from jaxtune.profiling import Profile
 from jaxtune.saving import Saver
 from jaxtune.training import Every, Hooks, State, loop

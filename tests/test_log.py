@@ -6,7 +6,7 @@ import pytest
 
 from jaxtune import chips, log, run
 from jaxtune.log import RunLog
-from jaxtune.plan.counting import flops_per_token
+from jaxtune.planning.counting import flops_per_token
 from tests.tiny import make_config
 
 

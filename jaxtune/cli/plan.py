@@ -35,18 +35,18 @@ def plan(
     names = topology or ["v5e-8"]
     c = read_config(arguments)
     _start(names)
-    from jaxtune import plan as plans
-    from jaxtune.plan import report
-    from jaxtune.plan import topology as machines
+    from jaxtune import planning
+    from jaxtune.planning import topology as machines
+    from jaxtune.planning.report import aligned, table
 
     if search:
-        from jaxtune.plan.search import search as find
+        from jaxtune.planning.search import search as find
 
         for name in names:
             found = find(c, machines.parse(name, c.mesh.slices or 1), prices, tries, how, cache)  # type: ignore[arg-type]
             log.say(json.dumps(found.to_dict()) if as_json else found.text())
         return
-    reports = plans.plan(c, names, how, prices, cache)  # type: ignore[arg-type]
+    reports = planning.plan(c, names, how, prices, cache)  # type: ignore[arg-type]
     if as_json:
         log.say(json.dumps([r.to_dict() for r in reports], indent=2))
         return
@@ -54,7 +54,7 @@ def plan(
         log.table(r.lines())
         log.say()
     if len(reports) > 1:
-        for line in report.aligned(report.table(reports)):
+        for line in aligned(table(reports)):
             log.say(line)
 
 
@@ -67,7 +67,7 @@ def _prices(given: list[str]) -> dict[str, float]:
 
 def _start(names: list[str]) -> None:
     """Before JAX starts: only on this machine's CPU, with as many devices as machines without their compiler need."""
-    from jaxtune.plan import topology
+    from jaxtune.planning import topology
 
     wanted = [topology.parse(n) for n in names]
     if any(t.platform == "gpu" for t in wanted):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxtune.plan import reading
+from jaxtune.planning import reading
 from tools.bench import contenders as c
 
 

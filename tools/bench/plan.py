@@ -27,8 +27,8 @@ TOKENS = 8192  # of a micro-batch on a chip
 def main(arguments: list[str]) -> None:
     """Print a row for each run, length and machine that is asked for."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from jaxtune import plan
-    from jaxtune.plan import topology
+    from jaxtune import planning
+    from jaxtune.planning import topology
 
     numbers = [int(a) for a in arguments if a.isdigit()] or [8192, 2048]
     machines = [a for a in arguments if ":" in a]
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
                 given = [f"model={model}", f"data.max_length={length}", f"train.batch_size={rows}", *keys, *more]
                 c = config.load(None, config.parse_overrides(given))
                 try:
-                    r = plan.plan(c, [machine])[0].to_dict()
+                    r = planning.plan(c, [machine])[0].to_dict()
                 except UserError as e:
                     log.say(f"| {name} | {machine} | {rows} × {length} | {e} |")
                     continue

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from jaxtune import chips
 from jaxtune.chips import Chip
-from jaxtune.plan.reading import Collective, Reading
-from jaxtune.plan.topology import Topology
+from jaxtune.planning.reading import Collective, Reading
+from jaxtune.planning.topology import Topology
 
 REACHED = {"arithmetic": 0.75, "memory": 0.8, "network": 0.8}  # shares of the rates in `chips`
 _ARITHMETIC = {"v6e": 0.6}  # of its 918 TFLOP/s published runs reach less than of older chips' rates

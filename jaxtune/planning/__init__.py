@@ -11,9 +11,9 @@ from typing import Literal
 from jaxtune import log
 from jaxtune.config import Config, load
 from jaxtune.job import Job
-from jaxtune.plan.counting import flops_per_token
-from jaxtune.plan.report import Report
-from jaxtune.plan.topology import Topology
+from jaxtune.planning.counting import flops_per_token
+from jaxtune.planning.report import Report
+from jaxtune.planning.topology import Topology
 
 __all__ = ["Report", "flops_per_token", "plan"]
 
@@ -43,7 +43,7 @@ def plan(
     Raises:
       UserError: the config does not fit, or a machine is not known.
     """
-    from jaxtune.plan import topology
+    from jaxtune.planning import topology
 
     c = c if isinstance(c, Config) else load(Path(c))
     return [report(c, topology.parse(name, c.mesh.slices or 1), how, prices or {}, cache) for name in topologies]
@@ -55,7 +55,7 @@ def imagined(c: Config, t: Topology, layers: int | None = None) -> Job:
     Raises:
       UserError: the config does not fit, or the machine cannot be had.
     """
-    from jaxtune.plan import subject, topology
+    from jaxtune.planning import subject, topology
 
     here = t.platform != "tpu" or topology.has_compiler()
     return subject.imagined(c, topology.devices(t) if here else topology.stand_ins(t), layers)
@@ -70,14 +70,14 @@ def report(
     job: Job | None = None,
 ) -> Report:
     """The report for one machine; see `plan`. A `job` that differs in `train` alone may be given, and saves time."""
-    from jaxtune.plan import compiled, counting, estimate, rule, topology
+    from jaxtune.planning import compiled, counting, estimate, rule, topology
 
     if t.platform == "tpu" and not topology.has_compiler():
         log.warn("libtpu is missing: state is exact, the rest by rule; pip install 'jaxtune[plan]' compiles the step")
         how = "rule"
     job = imagined(c, t) if job is None else dataclasses.replace(job, config=c)
     if t.platform != "tpu":
-        t = topology.here(t, job.mesh.devices.flatten())
+        t = topology.here(t, list(job.mesh.devices.flat))
     layers = job.blueprint.decoder.layers
     if how == "rule":
         done, said = rule.by_rule(job), "by rule, not compiled"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune.plan import hlo, reading
+from jaxtune.planning import hlo, reading
 from tests.tiny import on_eight_devices
 
 LOOP = """HloModule m, is_scheduled=true
@@ -109,7 +109,7 @@ def test_collectives_of_a_step_on_eight_devices() -> None:
     script = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding as N, PartitionSpec as P
-from jaxtune.plan import reading
+from jaxtune.planning import reading
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=N(mesh, P(("data", "fsdp"))))
 w = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=N(mesh, P("fsdp")))

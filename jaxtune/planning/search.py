@@ -13,9 +13,9 @@ from jaxtune import log
 from jaxtune.config import Adapter, Config, Mesh
 from jaxtune.errors import UserError
 from jaxtune.job import Job
-from jaxtune.plan import How, imagined, report
-from jaxtune.plan.report import Report, aligned, table
-from jaxtune.plan.topology import Topology
+from jaxtune.planning import How, imagined, report
+from jaxtune.planning.report import Report, aligned, table
+from jaxtune.planning.topology import Topology
 
 _SLACK = 1.25  # a rule may be wrong by so much before what it refuses is not compiled
 
@@ -127,7 +127,7 @@ def settings(c: Config, t: Topology) -> Iterator[Config]:
         bases.append(c.tuning.model_copy(update={"base": "int8"}))
     meshes = [c.mesh]
     for strategy in ("fsdp", "fsdp_tensor", "context"):
-        own = Mesh(strategy=strategy, slices=c.mesh.slices, over_slices=c.mesh.over_slices, rules=c.mesh.rules)  # type: ignore[arg-type]
+        own = Mesh(strategy=strategy, slices=c.mesh.slices, over_slices=c.mesh.over_slices, rules=c.mesh.rules)
         if own.sizes != c.mesh.sizes and (t.devices > 1):
             meshes.append(own)
     for mesh in meshes:

@@ -99,7 +99,7 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
     vocab = stored + len(c.vocabulary.add) + len(c.vocabulary.special)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=blueprint.table_rows(vocab, c.vocabulary.multiple))
     read = job.going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
-    attention = c.train.attention
+    attention: str = c.train.attention
     if attention != "xla":
         device = mesh.devices.flat[0]
         attention = kernels.kind(attention, device, decoder.head, c.train.compute_dtype, decoder.attention_softcap).name
@@ -124,9 +124,10 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
 def _columns(objective: str, length: int) -> dict[str, np.ndarray]:
     """One example's own columns, as `data.heads` lays them out."""
     zero = np.array(0, np.int32)
-    return {
+    columns: dict[str, dict[str, np.ndarray]] = {
         "classification": {"label_S": zero},
         "regression": {"label_S": np.array(0, np.float32)},
         "token_classification": {"label_T": np.zeros(length, np.int32)},
         "span_qa": {"start_S": zero, "end_S": zero},
-    }[objective]
+    }
+    return columns[objective]

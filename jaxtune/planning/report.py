@@ -5,11 +5,11 @@ from typing import Any
 
 from jaxtune import log
 from jaxtune.config import Config
-from jaxtune.plan import estimate
-from jaxtune.plan.compiled import Compiled, State
-from jaxtune.plan.counting import Count
-from jaxtune.plan.estimate import Seconds
-from jaxtune.plan.topology import Topology
+from jaxtune.planning import estimate
+from jaxtune.planning.compiled import Compiled, State
+from jaxtune.planning.counting import Count
+from jaxtune.planning.estimate import Seconds
+from jaxtune.planning.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from jaxtune.plan import hlo
-from jaxtune.plan.hlo import Instruction, Module
+from jaxtune.planning import hlo
+from jaxtune.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _STACKED = re.compile(r"jvp\(\w+\)/while/body/([^/]*/)?dynamic_update_slice$")  # what a scan gives for each round

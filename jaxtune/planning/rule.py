@@ -13,9 +13,9 @@ import jax
 
 from jaxtune.job import Job
 from jaxtune.layers import unbox
-from jaxtune.plan import compiled, counting
-from jaxtune.plan.compiled import Compiled
-from jaxtune.plan.reading import Collective, Reading
+from jaxtune.planning import compiled, counting
+from jaxtune.planning.compiled import Compiled
+from jaxtune.planning.reading import Collective, Reading
 from jaxtune.sharding import batch_shards
 
 _CHUNK = 3 * 2**26  # logits of a chunk, their gradient, and its probabilities

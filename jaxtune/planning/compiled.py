@@ -15,9 +15,9 @@ import jax
 from jaxtune import job as jobs
 from jaxtune import log
 from jaxtune.job import Job
-from jaxtune.plan import reading
-from jaxtune.plan.reading import Collective, Reading
-from jaxtune.plan.topology import Topology, quiet
+from jaxtune.planning import reading
+from jaxtune.planning.reading import Collective, Reading
+from jaxtune.planning.topology import Topology, quiet
 
 _VERSION = 1  # of what is kept
 
@@ -119,7 +119,8 @@ def extrapolated(two: Compiled, three: Compiled, layers: int) -> Compiled:
             key = c.kind, c.axes, c.size
             into[key] = into.get(key, 0.0) + c.payload * c.times
     grown = [
-        Collective(*key, along(sums[0].get(key, 0.0), sums[1].get(key, 0.0)), 1.0, "") for key in {**sums[0], **sums[1]}
+        Collective(key[0], key[1], key[2], along(sums[0].get(key, 0.0), sums[1].get(key, 0.0)), 1.0, "")
+        for key in {**sums[0], **sums[1]}
     ]
     r = Reading(
         {k: along(a.flops.get(k, 0), b.flops.get(k, 0)) for k in {**a.flops, **b.flops}},

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtune import config
 from jaxtune import job as jobs
-from jaxtune.plan import counting, reading, subject
+from jaxtune.planning import counting, reading, subject
 
 P_HEAD = 49152 * 576
 P_LAYERS = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536)

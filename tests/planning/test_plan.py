@@ -13,8 +13,8 @@ from jaxtune import job as jobs
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.layers import Rope
-from jaxtune.plan import compiled, estimate, plan, search, subject, topology
-from jaxtune.plan.reading import Collective
+from jaxtune.planning import compiled, estimate, plan, search, subject, topology
+from jaxtune.planning.reading import Collective
 from tests.tiny import write_tiny
 
 WITHOUT_LIBTPU = importlib.util.find_spec("libtpu") is None
