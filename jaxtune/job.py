@@ -11,30 +11,26 @@ import hashlib
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxtune import blueprint, config, distributed, from_run, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
-from jaxtune.clock import Clock
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
-from jaxtune.data.pipeline import Batch, Prepared
+from jaxtune.data.pipeline import Prepared
 from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
 from jaxtune.metrics.base import better
 from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
-from jaxtune.nodes.product import check_qwix, with_products
-from jaxtune.objectives import OBJECTIVES
-from jaxtune.training import WISHES, State, make_step
+from jaxtune.nodes.product import check_qwix
+from jaxtune.training import State
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
@@ -338,109 +334,3 @@ def make_method(
             )
     whole = [(f"^{re.escape(n)}$", "train") for n in tuning_method.decoder_names(decoder) if read.trained_whole(n)]
     return method._replace(wrap=wrap, rules=[*whole, *method.rules], made=True, from_base=False)
-
-
-def putter(
-    mesh: jax.sharding.Mesh, micro: int | None, told: Callable[[], int] | None = None
-) -> Callable[[Batch], Mapping[str, Any]]:
-    """How a batch goes onto the mesh: `[A, B, T]` for `micro` micro-batches, `[B, T]` for None.
-
-    Rows are added, empty ones, where B does not divide over the mesh. `told` gives this process's wishes, for a batch
-    that trains where there are several processes.
-    """
-    shards, lead = sharding.batch_shards(mesh), 0 if micro is None else 1
-
-    def put(batch: Batch) -> Mapping[str, Any]:
-        out = {}
-        for name, x_R in batch.columns.items():
-            x_AB = x_R.reshape(micro or 1, -1, *x_R.shape[1:])
-            x_AB = np.pad(x_AB, [(0, 0), (0, -x_AB.shape[1] % shards), *[(0, 0)] * (x_R.ndim - 1)])
-            where = sharding.batch_sharding(mesh, lead, name)
-            out[name] = distributed.put(x_AB if micro else x_AB[0], where)
-        if told is not None and distributed.count() > 1:
-            out[WISHES] = distributed.wishes(mesh, told())
-        return out
-
-    return put
-
-
-def own_rows(job: Job) -> frozenset[int] | None:
-    """The places of a training batch that this process lays out; None where it is alone."""
-    if distributed.count() == 1:
-        return None
-    return sharding.own_rows(job.mesh, job.config.train.accumulation, job.config.train.batch_size, distributed.index())
-
-
-class Steps:
-    """The very step that trains, compiled once for each length of rows that there is."""
-
-    def __init__(self, job: Job, longest: Any, clock: Clock) -> None:
-        self.job, self._compiled = job, {job.data.train.length: longest}
-        self._clock, self._last = clock, None
-
-    def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
-        T = batches["ids_BT"].shape[-1]
-        if T not in self._compiled:
-            with self._clock.on("compile"):
-                self._compiled[T] = compile_step(self.job, T)
-        done = self._compiled[T](state, batches)
-        self._last = done[1]["loss"]
-        return done
-
-    def busy(self) -> bool:
-        """Whether the devices still work on a step."""
-        return self._last is not None and not self._last.is_ready()
-
-
-def compile_step(job: Job, length: int | None = None) -> Any:
-    """The step that trains, compiled from shapes for rows of a length, the greatest where none is given."""
-    return lower_step(job, length).compile()
-
-
-def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
-    """The step that trains, before the compiler of the job's mesh has seen it."""
-    c = job.config
-    weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
-    b = job.blueprint
-    step = make_step(
-        _trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune,
-        skip=c.train.nonfinite == "skip",
-    )  # fmt: skip
-    out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
-    if c.optim.offload:
-        step = optim.one_at_a_time(step, out[0])
-    with jax.set_mesh(job.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments(job, length))
-
-
-def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
-    """What the step takes, abstract: the state, and a batch of rows of a length."""
-    c = job.config
-    rows = c.train.batch_size // c.train.accumulation
-    rows += -rows % sharding.batch_shards(job.mesh)
-    lead = (c.train.accumulation, rows)
-    batch = {
-        name: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype, sharding=sharding.batch_sharding(job.mesh, 1, name))
-        for name, x in job.data.train.empty_row(length or job.data.train.length).items()
-    }
-    if distributed.count() > 1:
-        everywhere = jax.sharding.NamedSharding(job.mesh, jax.sharding.PartitionSpec(job.mesh.axis_names))
-        batch[WISHES] = jax.ShapeDtypeStruct((job.mesh.size,), jnp.int32, sharding=everywhere)
-    return job.state, batch
-
-
-def _trained_as(t: config.Train, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with its products computed as training asks; measured and exported it is as ever."""
-    wide = t.reduce_dtype == "float32" and t.compute_dtype != "float32"
-    if t.matmuls == "same" and not wide:
-        return apply
-    return lambda weights, batch: apply(with_products(weights, t.matmuls, wide), batch)
-
-
-def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:
-    """The model as a function of weights and batch."""
-
-    def apply(weights: Tree, batch: Mapping[str, Any]) -> Any:
-        return b.model.apply({"params": weights}, batch["ids_BT"], batch["segment_BT"], batch["position_BT"])[0]
-
-    return apply

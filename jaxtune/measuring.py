@@ -11,8 +11,9 @@ from jaxtune.data import encode, pipeline
 from jaxtune.data import heads as data_heads
 from jaxtune.generate import Generator
 from jaxtune.hf import tokenizer
-from jaxtune.job import Job, apply_of, putter
+from jaxtune.job import Job
 from jaxtune.objectives import OBJECTIVES
+from jaxtune.steps import apply_of, putter
 
 Tree = Any
 

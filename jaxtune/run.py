@@ -27,22 +27,12 @@ from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.export import export
 from jaxtune.guards import Guards
-from jaxtune.job import (
-    CHECKPOINTS,
-    CONFIG,
-    EXPORT,
-    Job,
-    Steps,
-    compile_step,
-    own_rows,
-    prepare,
-    putter,
-    use_compile_cache,
-)
+from jaxtune.job import CHECKPOINTS, CONFIG, EXPORT, Job, prepare, use_compile_cache
 from jaxtune.layers import unbox
 from jaxtune.planning.counting import flops_per_token
 from jaxtune.profiling import Profile
 from jaxtune.saving import Saver
+from jaxtune.steps import Steps, compile_step, own_rows, putter
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 

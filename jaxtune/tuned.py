@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, sharding, tasks
+from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, sharding, steps, tasks
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
@@ -117,9 +117,11 @@ class Tuned:
         answers = ("label", "tags", "spans", "answers")  # what is right has no part in it, and may be unheard of
         records = [r._replace(row={k: v for k, v in r.row.items() if k not in answers}) for r in records]
         rows = pipeline.to_rows(records, Encoder(data_heads.encode, self.tokenizer, s), packed, "data", remarks)
-        logits = jax.jit(head_scores.make_logits(job.apply_of(self.blueprint), s.objective))
+        logits = jax.jit(head_scores.make_logits(steps.apply_of(self.blueprint), s.objective))
         with jax.set_mesh(self.mesh):
-            return head_scores.outputs(logits, self.weights, rows, batch_size, job.putter(self.mesh, None), s.objective)
+            return head_scores.outputs(
+                logits, self.weights, rows, batch_size, steps.putter(self.mesh, None), s.objective
+            )
 
     def head_settings(self, data: config.Data) -> HeadSettings | None:
         """How its head reads a data section's rows; None where it is a language model."""
@@ -133,9 +135,9 @@ class Tuned:
 
     def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
         """Loss, perplexity and token accuracy on rows."""
-        sums = jax.jit(evaluate.make_sums(job.apply_of(self.blueprint), OBJECTIVES[objective]))
+        sums = jax.jit(evaluate.make_sums(steps.apply_of(self.blueprint), OBJECTIVES[objective]))
         with jax.set_mesh(self.mesh):
-            return evaluate.scores(sums, self.weights, rows, batch_size, job.putter(self.mesh, None))
+            return evaluate.scores(sums, self.weights, rows, batch_size, steps.putter(self.mesh, None))
 
 
 def open_model(

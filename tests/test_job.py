@@ -3,7 +3,7 @@ import types
 import jax
 import pytest
 
-from jaxtune import job, overview
+from jaxtune import job, overview, steps
 from jaxtune.errors import UserError
 from jaxtune.layers import unbox
 from jaxtune.tuning import method as m
@@ -32,7 +32,7 @@ def test_a_quantised_base_has_the_parameters_that_it_had(tiny, sums_file, tmp_pa
 )
 def test_a_step_takes_over_the_memory_of_the_state(tiny, sums_file, tmp_path, keys):
     prepared = job.prepare(make_config(tiny, sums_file, tmp_path / "r", tuning={"method": "full"}, **keys))
-    reused = job.compile_step(prepared).memory_analysis().alias_size_in_bytes
+    reused = steps.compile_step(prepared).memory_analysis().alias_size_in_bytes
     single = sum(4 for x in jax.tree.leaves(prepared.state) if x.size == 1)  # Adafactor's of what is not factored
     assert overview.held(prepared.state) - single <= reused <= overview.held(prepared.state)
 

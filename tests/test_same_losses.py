@@ -9,7 +9,7 @@ from tests.tiny import make_config, on_eight_devices, write_jsonl, write_tiny
 LOSSES = r"""
 import json, re, sys
 import jax
-from jaxtune import blueprint, job, sharding
+from jaxtune import blueprint, job, sharding, steps
 from jaxtune.config import Config, Mesh
 from jaxtune.tuning import method
 from jaxtune.training import State
@@ -26,7 +26,7 @@ def losses(config, devices, sizes):
     config = config.model_copy(update={"mesh": Mesh(**sizes)})
     job.sharding.make_mesh = lambda c, d=None: make_mesh(c, jax.devices()[:devices])
     j = job.prepare(config)
-    step = job.compile_step(j)
+    step = steps.compile_step(j)
     with jax.set_mesh(j.mesh):
         b = j.blueprint
         weights = unbox(blueprint.materialise(b, jax.random.key(0)))
@@ -34,7 +34,7 @@ def losses(config, devices, sizes):
         opt = jax.jit(j.tx.init, out_shardings=jax.tree.map(lambda x: x.sharding, j.state.optimiser))(trainable)
         state = State(trainable, frozen, opt, jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
         state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, j.state))
-        put, out = job.putter(j.mesh, config.train.accumulation), []
+        put, out = steps.putter(j.mesh, config.train.accumulation), []
         batches = j.data.train.batches(config.train.batch_size, seed=0, row_count=None)
         for _ in range(config.train.steps):
             state, report = step(state, put(next(batches)))

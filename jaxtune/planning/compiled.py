@@ -12,8 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxtune import job as jobs
-from jaxtune import log
+from jaxtune import log, steps
 from jaxtune.job import Job
 from jaxtune.planning import reading
 from jaxtune.planning.reading import Collective, Reading
@@ -51,7 +50,7 @@ class Compiled:
 
 def state(job: Job) -> State:
     """What the state and a batch take on the device that has the most."""
-    _, batch = jobs.arguments(job)
+    _, batch = steps.arguments(job)
     return State(*(_on_device(x) for x in (job.state.trainable, job.state.frozen, job.state.optimiser, batch)))
 
 
@@ -66,7 +65,7 @@ def _on_device(tree: Any) -> int:
 
 def step(job: Job, t: Topology, cache: bool = True) -> Compiled:
     """Compile the step that trains, or find what was said of the very same one before."""
-    lowered = jobs.lower_step(job)
+    lowered = steps.lower_step(job)
     file = _file(lowered.as_text(), job, t)
     if cache and (known := _load(file)) is not None:
         return known

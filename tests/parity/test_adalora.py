@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, convert, run
+from jaxtune import blueprint, convert, run, steps
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.layers import plain_names, unbox
@@ -82,7 +82,7 @@ def test_losses_and_ranks_are_pefts(stories, assets, tmp_path):
     assert sum(p.numel() for p in trains) == m.count(trainable)
     adam = torch.optim.AdamW(trains, lr=2e-2, weight_decay=0.0)
     state = State(trainable, frozen, job.tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
-    step = jax.jit(make_step(jobs.apply_of(b), OBJECTIVES["sft"], job.tx, penalty=b.method.penalty))
+    step = jax.jit(make_step(steps.apply_of(b), OBJECTIVES["sft"], job.tx, penalty=b.method.penalty))
     ours, torchs, ranks = [], [], []
     for n, batch in enumerate(Batches(job.data.train, 4, seed=0, row_count=4 * STEPS), start=1):
         askew = float(b.method.penalty(state.trainable))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import run, tuned
+from jaxtune import run, steps, tuned
 from tests.tiny import make_config, write_jsonl
 
 torch = pytest.importorskip("torch")
@@ -138,7 +138,7 @@ def test_a_head_is_gone_on_from_and_left(tiny, tmp_path):
 
 def test_losses_are_those_of_transformers(tiny, tmp_path):
     """The loss of a batch is that of transformers' own loss functions, texts packed in rows here, padded there."""
-    from jaxtune import evaluate, job
+    from jaxtune import evaluate
     from jaxtune.objectives import OBJECTIVES
 
     for objective in AUTO:
@@ -157,7 +157,7 @@ def test_losses_are_those_of_transformers(tiny, tmp_path):
 
         with jax.set_mesh(opened.mesh):
             sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[objective]))
-            loss = evaluate.scores(sums, opened.weights, prepared.train, 2, job.putter(opened.mesh, None))["loss"]
+            loss = evaluate.scores(sums, opened.weights, prepared.train, 2, steps.putter(opened.mesh, None))["loss"]
         base = getattr(transformers, AUTO[objective])
         from jaxtune import convert
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, convert, log, run
+from jaxtune import blueprint, convert, log, run, steps
 from jaxtune import job as jobs
 from jaxtune.errors import UserError
 from jaxtune.hf import files, load
@@ -42,7 +42,7 @@ def test_the_balancing_loss_and_its_gradients(tmp_path, name):
     assert float(forward(opened, ids, seg).balance) == pytest.approx(float(out.aux_loss.detach()), rel=1e-5)
 
     def loss(weights):
-        outputs = jobs.apply_of(b)(weights, batch)
+        outputs = steps.apply_of(b)(weights, batch)
         total, count, _ = OBJECTIVES["sft"](outputs, batch)
         return total / count + b.decoder.router_loss * outputs.balance
 

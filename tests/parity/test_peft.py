@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jaxtune import blueprint, convert, run, tuned
+from jaxtune import blueprint, convert, run, steps, tuned
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.errors import UserError
@@ -77,7 +77,7 @@ def steps_agree_with_torch(stories, assets, tmp_path, t):
 
     tx = job.tx
     state = State(trainable, frozen, tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
-    step = jax.jit(make_step(jobs.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
+    step = jax.jit(make_step(steps.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
     batches = Batches(job.data.train, 4, seed=0, row_count=80)
     ours, torchs = [], []
     for batch in batches:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from jaxtune import blueprint, run
+from jaxtune import blueprint, run, steps
 from jaxtune import job as jobs
 from jaxtune.data.pipeline import Batches
 from jaxtune.errors import UserError
@@ -98,7 +98,7 @@ def test_twenty_steps_agree_with_peft(assets, tmp_path, name):
 
     tx = job.tx
     state = State(trainable, frozen, tx.init(trainable), jax.numpy.int32(0), jax.random.key_data(jax.random.key(0)))
-    step = jax.jit(make_step(jobs.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
+    step = jax.jit(make_step(steps.apply_of(job.blueprint), OBJECTIVES["sft"], tx))
     first = len(job.blueprint.virtual_ids)
     ours, torchs = [], []
     for batch in Batches(job.data.train, 4, seed=0, row_count=80):

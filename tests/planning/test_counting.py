@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import pytest
 
-from jaxtune import config
-from jaxtune import job as jobs
+from jaxtune import config, steps
 from jaxtune.planning import counting, reading, subject
 
 P_HEAD = 49152 * 576
@@ -53,7 +52,7 @@ def test_the_compiled_step_multiplies_as_the_rule_says(tiny, sums_file, tmp_path
 
     c = make_config(tiny, sums_file, tmp_path, tuning__method="full")
     job = subject.imagined(c, jax.devices()[:1])
-    r = reading.read(jobs.compile_step(job).as_text(), dict(job.mesh.shape))
+    r = reading.read(steps.compile_step(job).as_text(), dict(job.mesh.shape))
     n = counting.count(job, 32)
     whole = n.total - n.attention + n.attention * 2 * 32 / 33  # rows this short are one block: no score is left out
     assert sum(r.flops.values()) == pytest.approx(4 * 32 * whole, rel=0.02)

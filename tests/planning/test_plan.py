@@ -8,8 +8,7 @@ import jax
 import pytest
 import yaml
 
-from jaxtune import config, log
-from jaxtune import job as jobs
+from jaxtune import config, log, steps
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.layers import Rope
@@ -55,7 +54,7 @@ def test_a_model_that_is_not_known() -> None:
 def test_a_plan_of_this_machine_is_the_compilers_and_is_kept(tiny) -> None:
     c = make(tiny)
     first, second = plan(c, ["cpu:1"])[0], plan(c, ["cpu:1"])[0]
-    m = jobs.compile_step(subject.imagined(c, jax.devices()[:1])).memory_analysis()
+    m = steps.compile_step(subject.imagined(c, jax.devices()[:1])).memory_analysis()
     assert first.compiled.peak >= m.argument_size_in_bytes
     assert 0 <= m.argument_size_in_bytes - first.state.total <= 64  # the step's number and the key
     assert not first.compiled.cached

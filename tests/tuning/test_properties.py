@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from jaxtune import blueprint, job, overview
+from jaxtune import blueprint, job, overview, steps
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.data.pipeline import Batches
 from jaxtune.layers import unbox
@@ -67,7 +67,7 @@ def logits_of(j):
     ids = jnp.concatenate([jnp.broadcast_to(virtual, (2, len(virtual))), ids], 1)
     batch = {"ids_BT": ids, "segment_BT": jnp.ones_like(ids)}
     batch["position_BT"] = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    compiled = jax.jit(lambda w: job.apply_of(j.blueprint)(w, batch).logits())
+    compiled = jax.jit(lambda w: steps.apply_of(j.blueprint)(w, batch).logits())
 
     def logits(weights):
         with jax.set_mesh(j.mesh):
@@ -116,7 +116,7 @@ def test_every_method_keeps_its_promises(folder, sums_file, tmp_path, name, data
     frozen, before = jax.tree.map(np.asarray, (state.frozen, state.trainable))
 
     with jax.set_mesh(j.mesh):
-        step, put = job.compile_step(j), job.putter(j.mesh, accumulation)
+        step, put = steps.compile_step(j), steps.putter(j.mesh, accumulation)
         batches = [put(x) for x in itertools.islice(Batches(j.data.train, 4, seed=0, row_count=None), STEPS + 1)]
         for x in batches[:STEPS]:
             state, report = step(state, x)

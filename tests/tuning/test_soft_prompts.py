@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import blueprint, cli, config, convert, run, tuning
+from jaxtune import blueprint, cli, config, convert, run, steps, tuning
 from jaxtune import job as jobs
 from jaxtune.errors import UserError
 from jaxtune.generate import Sampling
@@ -48,7 +48,7 @@ def loss(job, weights, objective="sft"):
     """Summed over all rows of the data."""
     rows = [job.data.train.lay_out(i) for i in range(len(job.data.train))]
     batch = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
-    apply = jobs.apply_of(job.blueprint)
+    apply = steps.apply_of(job.blueprint)
     total, count, _ = jax.jit(lambda w, b: OBJECTIVES[objective](apply(w, b), b))(weights, batch)
     return float(total), int(count)
 

@@ -62,10 +62,11 @@ def jaxtune(folder: Path, method: str) -> Callable[[], float]:
     import jax
 
     from jaxtune import job as jobs
+    from jaxtune import steps
 
     job = jobs.prepare(config(folder, method))
     with jax.set_mesh(job.mesh):
-        compiled = jobs.compile_step(job)
+        compiled = steps.compile_step(job)
     take = stepper(job, compiled)
 
     def one() -> float:
@@ -81,8 +82,7 @@ def stepper(job: Any, compiled: Any) -> Callable[[], tuple[float, float]]:
     import jax
     import jax.numpy as jnp
 
-    from jaxtune import blueprint
-    from jaxtune import job as jobs
+    from jaxtune import blueprint, steps
     from jaxtune.data.pipeline import Batches
     from jaxtune.layers import unbox
     from jaxtune.training import State
@@ -97,7 +97,7 @@ def stepper(job: Any, compiled: Any) -> Callable[[], tuple[float, float]]:
             jax.tree.map(lambda s: s.sharding, job.state),
         )
     batches = Batches(job.data.train, c.batch_size, seed=0, row_count=None)
-    put = jobs.putter(job.mesh, c.accumulation)
+    put = steps.putter(job.mesh, c.accumulation)
 
     def take() -> tuple[float, float]:
         nonlocal state

@@ -43,7 +43,8 @@ def by_hand(method: str) -> float:
 def report(folder: Path, method: str) -> None:
     """Print both counts of jaxtune's step."""
     from jaxtune import job as jobs
+    from jaxtune import steps
 
     job = jobs.prepare(c.config(folder, method))
-    got, want = compiled(jobs.compile_step(job).as_text()), by_hand(method)
+    got, want = compiled(steps.compile_step(job).as_text()), by_hand(method)
     print(f"  compiled FLOPs {got / 1e9:.1f} G a step, by hand {want / 1e9:.1f} G: {100 * (got / want - 1):+.1f} %")

@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def frozen() -> None:
     """The table of `frozen`."""
     from jaxtune import job as jobs
+    from jaxtune import steps
 
     layers = 8
     sizes = {**contenders.SIZES, "num_hidden_layers": layers}
@@ -65,7 +66,7 @@ def frozen() -> None:
             last = layers - layers * share // 100
             tuning = {"method": "freeze", "last": last, "train": ["head", "^norm/"]}
             job = jobs.prepare(contenders.config(folder, "freeze", tuning=tuning))
-            compiled = jobs.compile_step(job)
+            compiled = steps.compile_step(job)
             memory = compiled.memory_analysis()
             state, rest = (x / 2**20 for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
             first = first or state + rest
@@ -100,6 +101,7 @@ def tune(name: str, tuning: dict, rate: float, model: Path, data: Path, out: Pat
     """A whole run through the code that users run."""
     from jaxtune import config, log, overview, run
     from jaxtune import job as jobs
+    from jaxtune.steps import compile_step
 
     given = {
         "model": model, "output": out, "tuning": tuning, "data.max_length": LENGTHS[data.name],
@@ -112,7 +114,7 @@ def tune(name: str, tuning: dict, rate: float, model: Path, data: Path, out: Pat
     run.train(c)
     held = [m for m in log.read_metrics(out / "metrics.jsonl") if "eval_loss" in m][-1]
     job = jobs.prepare(c)
-    compiled = jobs.compile_step(job)
+    compiled = compile_step(job)
     gflop = flops.compiled(compiled.as_text()) / 1e9
     return Row(
         name, rate, held["eval_loss"], held["eval_accuracy"], trained(job), overview.held(job.state.optimiser), gflop,
