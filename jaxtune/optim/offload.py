@@ -29,7 +29,7 @@ def one_at_a_time(step: Callable[..., tuple[Any, Tree]], where: Any) -> Callable
     def run(state: Any, batches: Tree) -> tuple[Any, Tree]:
         leaves, tree = jax.tree.flatten((state, batches))
         like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]  # also what lies on the host, as if it did not
-        traced, shape = jax.make_jaxpr(lambda *x: step(*tree.unflatten(x)), return_shape=True)(*like)
+        traced, shape = jax.make_jaxpr(lambda *x: step(*jax.tree.unflatten(tree, x)), return_shape=True)(*like)
         places = jax.tree.leaves(where)
         host = {i: s for i, s in enumerate(places) if s.memory_kind == HOST}
         out = _in_turns(traced, leaves, host, list(_turns(state, len(traced.jaxpr.outvars))))
@@ -57,7 +57,8 @@ def _in_turns(traced: ClosedJaxpr, given: list[Any], host: dict[int, Any], turns
     out: list[Any] = [None] * len(jaxpr.outvars)
     back: list[Any] = []  # what the turn before has put back on the host
     for turn in turns:
-        wanted, eqns = _variables(jaxpr.outvars[i] for i in turn), []
+        wanted = _variables(jaxpr.outvars[i] for i in turn)
+        eqns: list[Any] = []
         for eqn in reversed(jaxpr.eqns):
             if any(v in wanted and v not in known for v in eqn.outvars):
                 eqns.insert(0, eqn)
