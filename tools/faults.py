@@ -164,7 +164,7 @@ def kills(lab: Lab, n: int, chance: random.Random, duration: float, wanted: Any)
         for _ in range(min(chance.randint(1, 4), n - found["kills"])):
             saving, delay = chance.random() < 0.5, chance.random()
             children = lab.start(out)
-            hit = _moment(out, children, saving, delay, duration)
+            hit = _moment(out, children, chance.randint(1, 4) if saving else 0, delay, duration)
             victims = children if chance.random() < 0.5 else [chance.choice(children)]
             for child in victims:
                 os.kill(child, signal.SIGKILL)
@@ -191,26 +191,21 @@ def kills(lab: Lab, n: int, chance: random.Random, duration: float, wanted: Any)
     return found
 
 
-def _moment(out: Path, children: list[int], saving: bool, delay: float, duration: float) -> bool:
-    """Wait for a moment to kill at: within a save, or anywhere in the run. Whether a save is going on."""
-    deadline = time.monotonic() + (duration if saving else duration * delay)
-    before = time.time_ns()
+def _moment(out: Path, children: list[int], saves: int, delay: float, duration: float) -> bool:
+    """Wait for a moment to kill at: in a save, or anywhere in the run for 0 saves. Whether a save is going on."""
+    deadline = time.monotonic() + (2 * duration if saves else duration * delay)
+    old, seen = {f.name for f in (out / "checkpoints").glob("*.saving*")}, set()  # old: of one that was killed
     while time.monotonic() < deadline:
-        if saving and any(
-            _exists(f) and f.stat().st_mtime_ns > before for f in (out / "checkpoints").glob("*.saving*")
-        ):
+        now = {f.name for f in (out / "checkpoints").glob("*.saving*")}
+        old &= now
+        seen |= {name.split(".")[0] for name in now - old}
+        if saves and len(seen) >= saves:
             time.sleep(0.06 * delay)
             break
         if any(os.waitid(os.P_PID, c, os.WEXITED | os.WNOHANG | os.WNOWAIT) for c in children):
             break
         time.sleep(0.001)
     return any((out / "checkpoints").glob("*.saving*"))
-
-
-def _exists(file: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return file.stat().st_size >= 0
-    return False
 
 
 def damage(place: Path, chance: random.Random) -> str:
@@ -279,11 +274,11 @@ def full(lab: Lab, n: int, chance: random.Random, wanted: Any) -> Counter[str]:
             from jaxtune import log, saving
 
             saving._FIRST = 0.1
-            step = log.RunLog.step
+            step, unlimited = log.RunLog.step, resource.RLIM_INFINITY
+            _say_through_a_pipe()
 
             def limited(self: Any, at: int, *rest: Any, **options: Any) -> None:
                 step(self, at, *rest, **options)
-                unlimited = resource.RLIM_INFINITY
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size if first <= at < last else unlimited, unlimited))
 
             log.RunLog.step = limited  # type: ignore[method-assign, assignment]
@@ -302,6 +297,20 @@ def full(lab: Lab, n: int, chance: random.Random, wanted: Any) -> Counter[str]:
         else:
             print(f"{out}: full from step {first} to {last} at {size} bytes: ended with {code}; kept", flush=True)
     return found
+
+
+def _say_through_a_pipe() -> None:
+    """Let another process write what this one says: the file would be limited too."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.close(write)
+        while piece := os.read(read, 2**16):
+            os.write(1, piece)
+        os._exit(0)
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(write, 2)
+    os.close(write)
 
 
 def _clear(out: Path) -> None:
