@@ -136,9 +136,12 @@ def translation(
         theirs, own = {**theirs, **flat}, _merge(own, sections)
     if not llamafactory.recognises(theirs, own):
         return None
-    sizes = {k: f.default for k, f in Mesh.model_fields.items()} | own.get("mesh", {})
-    if -1 not in sizes.values():
-        devices = functools.partial(math.prod, sizes.values())
+    try:
+        sizes = Mesh.model_validate(own.get("mesh", {})).sizes.values()
+    except ValidationError:  # which is said where the whole is validated
+        sizes = {}.values()
+    if sizes and -1 not in sizes:
+        devices = functools.partial(math.prod, sizes)
     t = llamafactory.translate(theirs, str(file) if file else "config", file.parent if file else Path(), devices)
     return t._replace(tree=_merge(t.tree, own))
 
