@@ -3,22 +3,27 @@
 The gradient of a chunk is taken while its logits are there (as Liger's fused linear cross-entropy does, Hsu et al.,
 2024, https://arxiv.org/abs/2410.10989), so nothing is computed twice, and the gradient of a frozen head not at all.
 
+Where weights are split over devices, the head is gathered once for all chunks, and its gradient is added up on each
+device for itself until the last: else each chunk would send the head to all devices and its gradient back.
+
 Dimensions: B batch, T time, D embed, V vocab, C chunks, c time within a chunk, P parts of the time on
-devices of their own, t time of a part.
+devices of their own, t time of a part, S shards of batch and time, b batch of a shard.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from jaxtune.layers import Outputs, Readout, constrain, time_axis
-from jaxtune.weights import Array
+from jaxtune.layers import BATCH_AXES, Outputs, Readout, constrain, time_axis
+from jaxtune.weights import Array, parts, platform
 
-LOGITS_BYTES = 2**26  # of one chunk's float32 logits, on each device
+LOGITS_BYTES = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}  # of one chunk's float32 logits, on each device
 
 
 def next_token(batch: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -39,7 +44,23 @@ def cross_entropy(outputs: Outputs, target_BT: Array, weight_BT: Array) -> tuple
     """
     C = _chunks(outputs, target_BT.shape)
     hidden_CBcD, target_CBc, weight_CBc = (_split(x, C) for x in (outputs.hidden_BTD, target_BT, weight_BT))
-    return _sums(outputs.readout, hidden_CBcD, outputs.head, target_CBc, weight_CBc)
+    head = _gathered(outputs.head, outputs.readout.eqn)
+    return _sums(outputs.readout, hidden_CBcD, head, target_CBc, weight_CBc)
+
+
+def _gathered(head: Any, eqn: str) -> Any:
+    """The head's matrix, whole on each device but for the vocabulary's split over `tensor`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return head
+    matrix, split = (head[0] if isinstance(head, tuple) else head), mesh.shape.get("tensor", 1)
+    vocab = parts(eqn).w.index("v") if "v" in parts(eqn).w else None
+    spec = [None if i != vocab or split == 1 or n % split else "tensor" for i, n in enumerate(matrix.shape)]
+
+    def whole(x: Array) -> Array:
+        return x if x.shape != matrix.shape else jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+    return jax.tree.map(whole, head)
 
 
 def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
@@ -47,7 +68,7 @@ def _chunks(outputs: Outputs, shape: tuple[int, ...]) -> int:
     vocab = jax.eval_shape(lambda o: o.logits(o.hidden_BTD[:1, :1]), outputs).shape[-1]
     mesh = jax.sharding.get_abstract_mesh()
     per_device = shape[0] * shape[1] * vocab * 4 / (1 if mesh.empty else mesh.size // mesh.shape.get("stage", 1))
-    return int(np.clip(-(-per_device // LOGITS_BYTES), 1, shape[1] // _parts(shape[1])))
+    return int(np.clip(-(-per_device // LOGITS_BYTES[platform()]), 1, shape[1] // _parts(shape[1])))
 
 
 def _parts(T: int) -> int:
@@ -65,6 +86,34 @@ def _split(x_BT: Array, chunks: int) -> Array:
     padded = jnp.pad(x_BPt, [(0, 0), (0, 0), (0, c * chunks - T // P), *[(0, 0)] * len(rest)])
     x_CBc = jnp.moveaxis(padded.reshape(B, P, chunks, c, *rest), 2, 0).reshape(chunks, B, P * c, *rest)
     return x_CBc if P == 1 else constrain(x_CBc, 1)
+
+
+def _shards(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Over how many devices batch and time of a chunk `[B, c]` are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = math.prod(mesh.shape.get(a, 1) for a in BATCH_AXES)
+    return (rows if shape[0] % rows == 0 else 1), _parts(shape[1])
+
+
+def _by_shard(x_Bc: Array) -> Array:
+    """`[B, c, …]` as `[S, b, t, …]`: what each device has of it."""
+    (R, P), (B, c), rest = _shards(x_Bc.shape), x_Bc.shape[:2], x_Bc.shape[2:]
+    x_RPbt = jnp.moveaxis(x_Bc.reshape(R, B // R, P, c // P, *rest), 2, 1)
+    return _spread(x_RPbt.reshape(R * P, B // R, c // P, *rest), P)
+
+
+def _whole(x_Sbt: Array, shape: tuple[int, ...]) -> Array:
+    """The reverse of `_by_shard`."""
+    R, P = _shards(shape)
+    b, t, *rest = x_Sbt.shape[1:]
+    return jnp.moveaxis(x_Sbt.reshape(R, P, b, t, *rest), 1, 2).reshape(R * b, P * t, *rest)
+
+
+def _spread(x_S: Array, P: int) -> Array:
+    """Each of the shards on its own device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (*(a for a in BATCH_AXES if mesh.shape.get(a, 1) > 1), *(["context"] if P > 1 else []))
+    return jax.lax.with_sharding_constraint(x_S, PartitionSpec(axes, *[PartitionSpec.UNCONSTRAINED] * (x_S.ndim - 1)))
 
 
 class _Statistics(NamedTuple):
@@ -106,19 +155,34 @@ def _forward(readout: Readout, hidden_CBcD: Any, head: Any, target_CBc: Any, wei
         mixed = [next(left) if t else v for t, v in zip(trained, values, strict=True)]
         return readout(hidden_BcD, jax.tree.unflatten(tree, mixed))
 
-    def body(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
-        hidden_BcD, target_Bc, weight_Bc = chunk
+    def one(hidden_BcD: Array, target_Bc: Array, weight_Bc: Array) -> tuple[tuple[Array, Array], list[Array], Array]:
         logits_BcV, pullback = jax.vjp(logits_of, hidden_BcD, some)
         s = _statistics(logits_BcV, target_Bc)
         p_BcV = jnp.exp(logits_BcV - s.lse_Bc[..., None])
         is_target_BcV = jnp.arange(logits_BcV.shape[-1]) == target_Bc[..., None]
         d_hidden_BcD, d_some = pullback(weight_Bc[..., None] * (p_BcV - is_target_BcV))
-        (loss, hits), grads = carry
-        grads = [g + d.astype(jnp.float32) for g, d in zip(grads, d_some, strict=True)]
-        return ((loss + (weight_Bc * s.loss_Bc).sum(), hits + (weight_Bc * s.hit_Bc).sum()), grads), d_hidden_BcD
+        return ((weight_Bc * s.loss_Bc).sum(), (weight_Bc * s.hit_Bc).sum()), d_some, d_hidden_BcD
 
-    start = (jnp.float32(0), jnp.float32(0)), [jnp.zeros(v.shape, jnp.float32) for v in some]
+    shape = hidden_CBcD.value.shape[1:3]
+    R, P = _shards(shape)
+    apart = R * P > 1 and bool(some)
+
+    def body(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
+        sums, grads = carry
+        if apart:
+            added, d_some, d_hidden_SbtD = jax.vmap(one)(*map(_by_shard, chunk))
+            added, d_hidden_BcD = jax.tree.map(jnp.sum, added), _whole(d_hidden_SbtD, shape)
+            grads = [_spread(g + d.astype(jnp.float32), P) for g, d in zip(grads, d_some, strict=True)]
+        else:
+            added, d_some, d_hidden_BcD = one(*chunk)
+            grads = [g + d.astype(jnp.float32) for g, d in zip(grads, d_some, strict=True)]
+        return (jax.tree.map(jnp.add, sums, added), grads), d_hidden_BcD
+
+    zeros = [jnp.zeros((R * P, *v.shape) if apart else v.shape, jnp.float32) for v in some]
+    start = (jnp.float32(0), jnp.float32(0)), [_spread(z, P) for z in zeros] if apart else zeros
     (sums, grads), d_hidden_CBcD = jax.lax.scan(body, start, (hidden_CBcD.value, target_CBc.value, weight_CBc.value))
+    if apart:
+        grads = [g.sum(0) for g in grads]
     left = iter(grads)
     d_head = [next(left).astype(v.dtype) if t else None for t, v in zip(trained, values, strict=True)]
     return sums, (d_hidden_CBcD, jax.tree.unflatten(tree, d_head))

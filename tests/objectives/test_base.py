@@ -9,6 +9,7 @@ from jaxtune.layers import Outputs, Readout
 from jaxtune.nodes.lora import LoRA
 from jaxtune.objectives import base, pretrain, sft
 from jaxtune.weights import densify
+from tests.tiny import on_eight_devices
 
 B, T, D, V = 2, 13, 8, 50
 
@@ -24,7 +25,7 @@ def reference(hidden, w, target, weight):
 
 @pytest.fixture(params=[1, 3, 13], ids=lambda n: f"{n} chunks")
 def problem(request, monkeypatch):
-    monkeypatch.setattr(base, "LOGITS_BYTES", -(-B * T * V * 4 // request.param))
+    monkeypatch.setattr(base, "LOGITS_BYTES", {"cpu": -(-B * T * V * 4 // request.param)})
     target = jax.random.randint(jax.random.key(2), (B, T), 0, V)
     weight = (jax.random.uniform(jax.random.key(3), (B, T)) > 0.4).astype(jnp.float32)
     return normal(0, B, T, D), normal(1, D, V), target, weight
@@ -78,7 +79,7 @@ def test_a_frozen_head_has_no_gradient_product(problem):
 
 
 def test_full_logits_are_never_held(monkeypatch):
-    monkeypatch.setattr(base, "LOGITS_BYTES", 4 * V * B)
+    monkeypatch.setattr(base, "LOGITS_BYTES", {"cpu": 4 * V * B})
     hidden, w = normal(0, B, 64, D), normal(1, D, V)
     target = jnp.zeros((B, 64), jnp.int32)
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, w, target, jnp.ones((B, 64))))
@@ -120,3 +121,49 @@ def test_ties_are_hits_in_training_alone():
         lambda h: base.cross_entropy(Outputs(h, w, Readout("btd,dv->btv")), target, jnp.ones((1, 4))), has_aux=True
     )(hidden)[0]
     assert float(hits) == 4
+
+
+SPREAD = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding as At, PartitionSpec as P
+from jaxtune import sharding
+from jaxtune.config import Mesh
+from jaxtune.layers import Outputs, Readout
+from jaxtune.objectives import base
+from tests.tiny import on_eight_devices
+from jaxtune.planning import reading
+
+B, T, D, V = 8, 32, 16, 96
+base.LOGITS_BYTES = {"cpu": 4 * V * B * T // 8 // 4}
+keys = jax.random.split(jax.random.key(0), 4)
+hidden, w = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
+target = jax.random.randint(keys[2], (B, T), 0, V)
+weight = (jax.random.uniform(keys[3], (B, T)) > 0.3).astype(jnp.float32)
+
+def loss(hidden, head):
+    return base.cross_entropy(Outputs(hidden, head, Readout("btd,dv->btv")), target, weight)[0]
+
+want = jax.value_and_grad(loss, (0, 1))(hidden, w)
+for sizes in ({"fsdp": 8}, {"fsdp": 2, "context": 2, "tensor": 2}, {"data": 2, "context": 4, "fsdp": 1}):
+    mesh = sharding.make_mesh(Mesh(**sizes))
+    rows, both = ("data", "fsdp"), At(mesh, P(("fsdp", "context"), "tensor"))
+    place = At(mesh, P(rows, "context", None)), both
+    for argnums in (0, (0, 1)):
+        with jax.set_mesh(mesh):
+            out = (At(mesh, P()), place if argnums else place[0])
+            step = jax.jit(jax.value_and_grad(loss, argnums), in_shardings=place, out_shardings=out)
+            got = step(hidden, w)
+            text = step.lower(hidden, w).compile().as_text()
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))
+        for a, b in pairs:
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+        large = [c for c in reading.read(text, dict(mesh.shape)).collectives if c.payload >= 2 * D * V]
+        print("SENT", argnums, [(c.kind, c.times) for c in large])
+        assert all(c.times == 1 for c in large), large
+        assert mesh.shape["fsdp"] == 1 or large
+"""
+
+
+def test_the_head_is_sent_once_for_all_chunks():
+    """Its gradient too, where it trains, and both are those of one device."""
+    assert on_eight_devices(SPREAD).stdout.count("SENT") == 6

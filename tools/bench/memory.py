@@ -71,7 +71,7 @@ def count(decoder: DecoderConfig, c: config.Config, rows: int, length: int) -> B
     state = jax.eval_shape(tx.init, trainable)
     weights, gradients, optimiser = (overview.held(t) for t in (abstract, trainable, state))
     kept = rows * grown(lambda b: kept_bytes(s.decoder, trainable, frozen, b, length))
-    return Bytes(weights, gradients, optimiser, kept + one_layer(decoder, c, rows, length) + LOGITS_BYTES)
+    return Bytes(weights, gradients, optimiser, kept + one_layer(decoder, c, rows, length) + LOGITS_BYTES["tpu"])
 
 
 def grown(bytes_of: Callable[[int], int]) -> int:
