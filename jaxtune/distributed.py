@@ -9,6 +9,7 @@ Dimensions: N devices.
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ _LOST_S, _HEARTBEAT_S, _INIT_S = 60.0, 100, 300
 _STEP_S, _STEPS = 60.0, 20  # a step is hung after so many seconds, or so many times the usual
 _PREPARING_MS = 3_600_000  # hosts may tokenise at different speeds; a lost one is found before
 _FIRST_STEP_S = 600.0  # hosts read weights at different speeds
+_TURNS = itertools.count()  # of keys in the store, which are written once: all processes count alike
 # Variables by which `jax.distributed.initialize` finds the others by itself; the second ones hold lists.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
 _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -50,7 +52,7 @@ def initialize() -> None:
       UserError: the variables are incomplete, or the others cannot be reached.
     """
     if jax.distributed.is_initialized():
-        return
+        return _hush()
     given: dict[str, Any] = {}
     if (address := os.environ.get("JAX_COORDINATOR_ADDRESS")) is not None:
         try:
@@ -80,7 +82,11 @@ def initialize() -> None:
     except (RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"the other processes cannot be joined ({reason}); look at the coordinator's address") from e
-    if not first():
+    _hush()
+
+
+def _hush() -> None:
+    if _members()[0] != 0:
         log.hush()
 
 
@@ -97,6 +103,14 @@ def _in_cluster() -> bool:
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
     except OSError:  # no metadata server, as on Colab
         return False
+
+
+def _members() -> tuple[int, int]:
+    """Which process this is to the coordinator, and how many it has: known before any device is."""
+    from jax._src import distributed  # the public part does not say
+
+    state = distributed.global_state
+    return (state.process_id, state.num_processes) if state.client is not None else (0, 1)
 
 
 def index() -> int:
@@ -163,6 +177,15 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def everywhere(true: bool) -> bool:
+    """Whether it is true on all processes. All of them call this."""
+    if count() == 1:
+        return true
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array(true))))
+
+
 # --- small texts ------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +204,7 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
     if count() == 1:
         return
     store, ms = _store(), _PREPARING_MS
-    key = f"jaxtune/{what}"
+    key = f"jaxtune/{next(_TURNS)}/{what}"
     store.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
     if first():
         verdict = ""
@@ -193,6 +216,16 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
         store.key_value_set(f"{key}/verdict", verdict)
     if verdict := store.blocking_key_value_get(f"{key}/verdict", ms):
         raise UserError(verdict)
+
+
+def from_first(text: str) -> str:
+    """The text that the first process gives, in all of them. All processes call this."""
+    if count() == 1:
+        return text
+    key = f"jaxtune/{next(_TURNS)}/text"
+    if first():
+        _store().key_value_set(key, text)
+    return _store().blocking_key_value_get(key, _PREPARING_MS)
 
 
 def differing(first: Any, other: Any, name: str = "") -> list[str]:
@@ -214,31 +247,40 @@ class Watch:
     """Ends this process with code 75, and says which host is to blame, when another is lost, hung or has failed.
 
     Every process writes signs of life: a beat, and the number of steps that it has begun. A process whose beat stands
-    still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung.
+    still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung,
+    unless they still compile it.
     """
 
     def __init__(self) -> None:
         self._lost_after = _seconds("JAXTUNE_LOST_AFTER", _LOST_S)
         self._step_limit = _seconds("JAXTUNE_STEP_TIMEOUT", 0.0)
         self._lock = threading.Lock()
+        (self._me, self._count), self._key = _members(), f"jaxtune/{next(_TURNS)}"
         self._begun, self._since, self._report, self._pending = 0, 0.0, None, False
+        self._preparing = False
         self._times: deque[float] = deque(maxlen=_STEPS)
-        self._beats: dict[int, tuple[int, float]] = {}  # the last beat of each, and when it was new
-        self._hosts: dict[int, str] = {}
         self._closed = threading.Event()
         self._life: dict[int, Any] = {}
         self._asked = time.monotonic()
+        others = (i for i in range(self._count) if i != self._me)
+        self._beats = {i: (0, self._asked) for i in others}  # the last beat of each, and when it was new
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
 
-    def over(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A training step that is watched: until its report is there it is not done."""
+    def over(self, step: Callable[..., Any], prepare: Callable[..., Any] = lambda *args: None) -> Callable[..., Any]:
+        """A training step that is watched: until its report is there it is not done.
+
+        `prepare` is called before it and may take its time, as compiling does: the step has then not begun.
+        """
 
         def watched(*args: Any) -> Any:
+            self._preparing = True
+            prepare(*args)
             now = time.monotonic()
             if self._begun:
                 self._times.append(now - self._since)
             with self._lock:
                 self._begun, self._since, self._report, self._pending = self._begun + 1, now, None, True
+            self._preparing = False
             state, report = step(*args)
             self._report = report["loss"]
             return state, report
@@ -252,6 +294,8 @@ class Watch:
                 self._pending = False
 
     def start(self) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no coordinator: `_look` sees how long
+            self._write()
         for t in self._threads:
             t.start()
 
@@ -263,14 +307,14 @@ class Watch:
 
     def _write(self, **more: Any) -> None:
         beat = time.monotonic_ns()
-        life = {"beat": beat, "begun": self._begun, "host": socket.gethostname(), **more}
-        _store().key_value_set(f"jaxtune/life/{index()}", json.dumps(life), allow_overwrite=True)
+        life = {"beat": beat, "begun": self._begun, "preparing": self._preparing, "host": socket.gethostname(), **more}
+        _store().key_value_set(f"{self._key}/life/{self._me}", json.dumps(life), allow_overwrite=True)
 
     def _speak(self) -> None:
         while not self._closed.wait(self._lost_after / 10):
             try:
                 self._write()
-                lives = dict(_store().key_value_dir_get("jaxtune/life"))
+                lives = dict(_store().key_value_dir_get(f"{self._key}/life"))
             except jax.errors.JaxRuntimeError:  # the coordinator does not answer: `_look` sees how long
                 continue
             self._life = {int(k.rsplit("/", 1)[-1]): json.loads(v) for k, v in lives.items()}
@@ -280,27 +324,44 @@ class Watch:
         while not self._closed.wait(self._lost_after / 10):
             if (blame := self._to_blame()) is not None and not self._closed.is_set():
                 print(f"stopped: {blame}; run the same command again on all hosts", file=sys.stderr, flush=True)
-                sys.stdout.flush()
-                if first():  # with the coordinator the others lose their voice
-                    time.sleep(self._lost_after / 4)
-                os._exit(RESUME_ME)  # the main thread may wait for the lost one for ever
+                self.stop(blame)
+                self.leave(RESUME_ME)  # the main thread may wait for the lost one for ever
+
+    def leave(self, code: int) -> NoReturn:
+        """End this process at once: at JAX's own end all wait for each other, and not all will come.
+
+        The coordinator ends last, or the others could not say why they end; it waits for those that live.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _store().key_value_set(f"{self._key}/left/{self._me}", "")
+            began = time.monotonic()
+            living = {i for i, (_, since) in self._beats.items() if began - since < self._lost_after}
+            while self._me == 0 and living and time.monotonic() - began < self._lost_after:
+                time.sleep(0.1)
+                living -= {int(k.rsplit("/", 1)[-1]) for k, _ in _store().key_value_dir_get(f"{self._key}/left")}
+        os._exit(code)
 
     def _to_blame(self) -> str | None:
         """Who is lost, hung or has failed, in words."""
         now = time.monotonic()
         if now - self._asked > self._lost_after:
             return f"process 0, the coordinator, has not answered for {now - self._asked:.0f} s"
-        lives = {i: life for i, life in self._life.items() if i != index()}
-        for i, life in lives.items():
+        lives = {i: life for i, life in self._life.items() if i != self._me}
+        for i, (beat, since) in list(self._beats.items()):
+            life = lives.get(i, {"beat": beat, "host": "a host that never spoke"})
             who = f"process {i} on {life['host']}"
-            if life["beat"] != self._beats.get(i, (0, 0.0))[0]:
-                self._beats[i] = life["beat"], now
-            quiet = now - self._beats[i][1]
+            if life["beat"] != beat:
+                self._beats[i] = life["beat"], (since := now)
+            quiet = now - since
             if life.get("failure") and quiet > self._lost_after / 5:  # time for this one to fail by itself
                 return f"{who} has failed: {life['failure']}"
             if not life.get("done") and quiet > self._lost_after:
                 return f"{who} is lost: no sign of life for {quiet:.0f} s"
         self._settle()
+        if any(life["preparing"] and life["begun"] < self._begun for life in lives.values()):
+            self._since = now  # it compiles: the step waits for it, and the time for it begins anew
         if not self._pending or (waited := now - self._since) < self._limit():
             return None
         behind = [i for i, life in lives.items() if life["begun"] < self._begun and not life.get("done")]
@@ -319,29 +380,49 @@ class Watch:
         self._threads[1].join(2 * self._lost_after)
 
 
-@contextlib.contextmanager
-def watching() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """While open, processes watch over each other; gives what makes a training step a watched one.
+_open: Watch | None = None
+_failed: Watch | None = None
 
-    An error in one ends the others. A failure of a collective operation waits until it is known who is lost.
+
+@contextlib.contextmanager
+def watching() -> Iterator[Callable[..., Callable[..., Any]]]:
+    """While open, processes watch over each other; gives what makes a training step a watched one (`Watch.over`).
+
+    An error in one ends the others, and `leave` ends that one. A failure of a collective operation waits until it is
+    known who is lost. Within another such context it is that one.
     """
-    if count() == 1:
-        yield lambda step: step
+    global _open, _failed
+    if _open is not None or _members()[1] == 1:
+        yield _open.over if _open is not None else lambda step, prepare=None: step
         return
-    watch = Watch()
+    watch, _failed = Watch(), None
+    _open = watch
     watch.start()
     try:
         yield watch.over
-    except Interrupted:
+    except Interrupted:  # in all of them, at the same step
         watch.stop()
         raise
-    except jax.errors.JaxRuntimeError:
-        watch.join()
-        raise
     except BaseException as e:
+        if isinstance(e, jax.errors.JaxRuntimeError):
+            watch.join()
+        _failed = watch
         watch.stop(" ".join(str(e).split())[:300] or type(e).__name__)
         raise
+    finally:
+        _open = None
     watch.stop()
+
+
+def failed() -> bool:
+    """Whether there are other processes, and an error ended `watching`, which they may not share."""
+    return _failed is not None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with a code, after such an error."""
+    assert _failed is not None
+    _failed.leave(code)
 
 
 def _seconds(variable: str, usual: float) -> float:

@@ -19,7 +19,8 @@ def train(arguments: Pairs = None) -> None:
     from jaxtune import distributed, run
 
     distributed.initialize()  # before a translation asks for the number of devices
-    run.train(read_config(arguments, jax.device_count))
+    with distributed.watching():
+        run.train(read_config(arguments, jax.device_count))
 
 
 @app.command()
