@@ -151,7 +151,9 @@ def gathered(tree: Any) -> Any:
     """
     speaks = first()
 
-    def whole(x: jax.Array) -> np.ndarray | None:
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array):  # abstract
+            return x
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x) if speaks else None
         copied = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
@@ -263,7 +265,7 @@ class Watch:
         self._life: dict[int, Any] = {}
         self._asked = time.monotonic()
         others = (i for i in range(self._count) if i != self._me)
-        self._beats = {i: (0, self._asked) for i in others}  # the last beat of each, and when it was new
+        self._beats = dict.fromkeys(others, (0, self._asked))  # the last beat of each, and when it was new
         self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
 
     def over(self, step: Callable[..., Any], prepare: Callable[..., Any] = lambda *args: None) -> Callable[..., Any]:
