@@ -71,13 +71,14 @@ except UserError as e:
     print(e)
 """
 RESTORE = """
-import sys
+import shutil, sys
 from pathlib import Path
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from jaxtune import distributed, sharding
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Mesh
+from jaxtune.errors import UserError
 distributed.initialize()
 folder, what = Path(sys.argv[1]), sys.argv[2]
 mesh = sharding.make_mesh(Mesh())
@@ -89,6 +90,16 @@ if what == "save":
     for n in (5, 6, 7):
         for each in (best, checkpoints):
             each.save(n, {"trainable": {"w": distributed.put(want, where)}}, {"next": 3}, {})
+        if n == 5:  # a disk that is full for the first process alone
+            usage = shutil.disk_usage
+            shutil.disk_usage = lambda path: usage(path)._replace(free=0) if distributed.first() else usage(path)
+            try:
+                checkpoints.save(n + 1, {"trainable": {"w": distributed.put(want, where)}}, {}, {})
+            except UserError as e:
+                print(e)
+            else:
+                raise AssertionError
+            shutil.disk_usage = usage
     best.close()
 else:
     like = {"trainable": {"w": jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=where)}}
@@ -115,7 +126,9 @@ def test_what_differs_between_hosts_is_named_in_all_of_them():
 
 @pytest.mark.parametrize(("saves", "restores"), [(2, 1), (1, 2)])
 def test_a_checkpoint_is_restored_exactly_by_another_number_of_processes(saves, restores, tmp_path):
-    together(RESTORE, saves, 2, tmp_path / "c", "save")
+    done = together(RESTORE, saves, 2, tmp_path / "c", "save")
+    assert "are free); earlier ones are kept; make room" in done[0].stdout
+    assert all("another process cannot, and says why" in d.stdout for d in done[1:])
     together(RESTORE, restores, 2, tmp_path / "c", "restore")
 
 
