@@ -1,39 +1,30 @@
-"""The processes of a run: one on a laptop, one for each host of a slice. They start, agree, watch and end together.
+"""The processes of a run: one on a laptop, one for each host of a slice. They start, agree and end together.
 
 Each process runs the same program (JAX's multi-controller runtime) and speaks to the others in two ways: arrays over
-the devices, and small texts through the coordinator's key-value store. Of the second kind are the comparison at the
-start, signs of life, and the reasons of failures.
+the devices, and small texts through the coordinator's key-value store, as at the comparison at the start. `watch` has
+them watch over each other.
 
 Dimensions: N devices.
 """
 
-import contextlib
 import inspect
 import itertools
 import json
 import os
 import socket
-import statistics
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtune import log
-from jaxtune.errors import Interrupted, UserError
+from jaxtune.errors import UserError
 
 STOP, SAVE = 1, 2  # bits of a wish
-RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-_LOST_S, _HEARTBEAT_S, _INIT_S = 60.0, 100, 300
-_STEP_S, _STEPS = 60.0, 20  # a step is hung after so many seconds, or so many times the usual
+_HEARTBEAT_S, _INIT_S = 100, 300
 _PREPARING_MS = 3_600_000  # hosts may tokenise at different speeds; a lost one is found before
-_FIRST_STEP_S = 600.0  # hosts read weights at different speeds
-_TURNS = itertools.count()  # of keys in the store, which are written once: all processes count alike
+TURNS = itertools.count()  # of keys in the store, which are written once: all processes count alike
 # Variables by which `jax.distributed.initialize` finds the others by itself; the second ones hold lists.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
 _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -72,8 +63,8 @@ def initialize() -> None:
         jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     wanted: dict[str, Any] = {
-        "initialization_timeout": int(_seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
-        "heartbeat_timeout_seconds": int(_seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
+        "initialization_timeout": int(seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
+        "heartbeat_timeout_seconds": int(seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
         "shutdown_timeout_seconds": 30,  # of a process that ended by itself
     }
     known = inspect.signature(jax.distributed.initialize).parameters
@@ -86,7 +77,7 @@ def initialize() -> None:
 
 
 def _hush() -> None:
-    if _members()[0] != 0:
+    if members()[0] != 0:
         log.hush()
 
 
@@ -105,7 +96,7 @@ def _in_cluster() -> bool:
         return False
 
 
-def _members() -> tuple[int, int]:
+def members() -> tuple[int, int]:
     """Which process this is to the coordinator, and how many it has: known before any device is."""
     from jax._src import distributed  # the public part does not say
 
@@ -191,7 +182,8 @@ def everywhere(true: bool) -> bool:
 # --- small texts ------------------------------------------------------------------------------------------------------
 
 
-def _store() -> Any:
+def store() -> Any:
+    """The coordinator's key-value store."""
     from jax._src import distributed  # the public part has no key-value store
 
     return distributed.global_state.client
@@ -205,18 +197,18 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
     """
     if count() == 1:
         return
-    store, ms = _store(), _PREPARING_MS
-    key = f"jaxtune/{next(_TURNS)}/{what}"
-    store.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
+    kv, ms = store(), _PREPARING_MS
+    key = f"jaxtune/{next(TURNS)}/{what}"
+    kv.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
     if first():
         verdict = ""
         for i in range(1, count()):
-            host, theirs = json.loads(store.blocking_key_value_get(f"{key}/{i}", ms))
+            host, theirs = json.loads(kv.blocking_key_value_get(f"{key}/{i}", ms))
             if odd := differing(json.loads(json.dumps(mine)), theirs):
                 verdict = f"process {i} on {host} differs from process 0 in {', '.join(odd)}; make them the same"
                 break
-        store.key_value_set(f"{key}/verdict", verdict)
-    if verdict := store.blocking_key_value_get(f"{key}/verdict", ms):
+        kv.key_value_set(f"{key}/verdict", verdict)
+    if verdict := kv.blocking_key_value_get(f"{key}/verdict", ms):
         raise UserError(verdict)
 
 
@@ -224,10 +216,10 @@ def from_first(text: str) -> str:
     """The text that the first process gives, in all of them. All processes call this."""
     if count() == 1:
         return text
-    key = f"jaxtune/{next(_TURNS)}/text"
+    key = f"jaxtune/{next(TURNS)}/text"
     if first():
-        _store().key_value_set(key, text)
-    return _store().blocking_key_value_get(key, _PREPARING_MS)
+        store().key_value_set(key, text)
+    return store().blocking_key_value_get(key, _PREPARING_MS)
 
 
 def differing(first: Any, other: Any, name: str = "") -> list[str]:
@@ -242,190 +234,6 @@ def differing(first: Any, other: Any, name: str = "") -> list[str]:
     return [] if first == other else [f"{name} ({first} there, {other} here)"]
 
 
-# --- watching over each other -----------------------------------------------------------------------------------------
-
-
-class Watch:
-    """Ends this process with code 75, and says which host is to blame, when another is lost, hung or has failed.
-
-    Every process writes signs of life: a beat, and the number of steps that it has begun. A process whose beat stands
-    still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung,
-    unless they still compile it.
-    """
-
-    def __init__(self) -> None:
-        self._lost_after = _seconds("JAXTUNE_LOST_AFTER", _LOST_S)
-        self._step_limit = _seconds("JAXTUNE_STEP_TIMEOUT", 0.0)
-        self._lock = threading.Lock()
-        (self._me, self._count), self._key = _members(), f"jaxtune/{next(_TURNS)}"
-        self._begun, self._since, self._report, self._pending = 0, 0.0, None, False
-        self._preparing = False
-        self._times: deque[float] = deque(maxlen=_STEPS)
-        self._closed = threading.Event()
-        self._life: dict[int, Any] = {}
-        self._asked = time.monotonic()
-        others = (i for i in range(self._count) if i != self._me)
-        self._beats = dict.fromkeys(others, (0, self._asked))  # the last beat of each, and when it was new
-        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
-
-    def over(self, step: Callable[..., Any], prepare: Callable[..., Any] = lambda *args: None) -> Callable[..., Any]:
-        """A training step that is watched: until its report is there it is not done.
-
-        `prepare` is called before it and may take its time, as compiling does: the step has then not begun.
-        """
-
-        def watched(*args: Any) -> Any:
-            self._preparing = True
-            prepare(*args)
-            now = time.monotonic()
-            if self._begun:
-                self._times.append(now - self._since)
-            with self._lock:
-                self._begun, self._since, self._report, self._pending = self._begun + 1, now, None, True
-            self._preparing = False
-            state, report = step(*args)
-            self._report = report["loss"]
-            return state, report
-
-        return watched
-
-    def _settle(self) -> None:
-        """Look whether the last step is done."""
-        with self._lock:
-            if self._report is not None and self._report.is_ready():
-                self._pending = False
-
-    def start(self) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no coordinator: `_look` sees how long
-            self._write()
-        for t in self._threads:
-            t.start()
-
-    def stop(self, failure: str | None = None) -> None:
-        """This process ends: all is done, or why not."""
-        self._closed.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is no more
-            self._write(done=True, failure=failure)
-
-    def _write(self, **more: Any) -> None:
-        beat = time.monotonic_ns()
-        life = {"beat": beat, "begun": self._begun, "preparing": self._preparing, "host": socket.gethostname(), **more}
-        _store().key_value_set(f"{self._key}/life/{self._me}", json.dumps(life), allow_overwrite=True)
-
-    def _speak(self) -> None:
-        while not self._closed.wait(self._lost_after / 10):
-            try:
-                self._write()
-                lives = dict(_store().key_value_dir_get(f"{self._key}/life"))
-            except jax.errors.JaxRuntimeError:  # the coordinator does not answer: `_look` sees how long
-                continue
-            self._life = {int(k.rsplit("/", 1)[-1]): json.loads(v) for k, v in lives.items()}
-            self._asked = time.monotonic()
-
-    def _look(self) -> None:
-        while not self._closed.wait(self._lost_after / 10):
-            if (blame := self._to_blame()) is not None and not self._closed.is_set():
-                print(f"stopped: {blame}; run the same command again on all hosts", file=sys.stderr, flush=True)
-                self.stop(blame)
-                self.leave(RESUME_ME)  # the main thread may wait for the lost one for ever
-
-    def leave(self, code: int) -> NoReturn:
-        """End this process at once: at JAX's own end all wait for each other, and not all will come.
-
-        The coordinator ends last, or the others could not say why they end; it waits for those that live.
-        """
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _store().key_value_set(f"{self._key}/left/{self._me}", "")
-            began = time.monotonic()
-            living = {i for i, (_, since) in self._beats.items() if began - since < self._lost_after}
-            while self._me == 0 and living and time.monotonic() - began < self._lost_after:
-                time.sleep(0.1)
-                living -= {int(k.rsplit("/", 1)[-1]) for k, _ in _store().key_value_dir_get(f"{self._key}/left")}
-        os._exit(code)
-
-    def _to_blame(self) -> str | None:
-        """Who is lost, hung or has failed, in words."""
-        now = time.monotonic()
-        if now - self._asked > self._lost_after:
-            return f"process 0, the coordinator, has not answered for {now - self._asked:.0f} s"
-        lives = {i: life for i, life in self._life.items() if i != self._me}
-        for i, (beat, since) in list(self._beats.items()):
-            life = lives.get(i, {"beat": beat, "host": "a host that never spoke"})
-            who = f"process {i} on {life['host']}"
-            if life["beat"] != beat:
-                self._beats[i] = life["beat"], (since := now)
-            quiet = now - since
-            if life.get("failure") and quiet > self._lost_after / 5:  # time for this one to fail by itself
-                return f"{who} has failed: {life['failure']}"
-            if not life.get("done") and quiet > self._lost_after:
-                return f"{who} is lost: no sign of life for {quiet:.0f} s"
-        self._settle()
-        if any(life["preparing"] and life["begun"] < self._begun for life in lives.values()):
-            self._since = now  # it compiles: the step waits for it, and the time for it begins anew
-        if not self._pending or (waited := now - self._since) < self._limit():
-            return None
-        behind = [i for i, life in lives.items() if life["begun"] < self._begun and not life.get("done")]
-        names = ", ".join(f"process {i} on {lives[i]['host']}" for i in behind)
-        if not names:
-            return f"a step is not done after {waited:.0f} s, though all processes have begun it; a device may hang"
-        return f"a step is not done after {waited:.0f} s: {names} has not begun it"
-
-    def _limit(self) -> float:
-        """Seconds until a step counts as hung."""
-        usual = max(_STEP_S, _STEPS * statistics.median(self._times)) if self._times else _FIRST_STEP_S
-        return self._step_limit or usual
-
-    def join(self) -> None:
-        """Wait for the verdict on a failure that is likely another's."""
-        self._threads[1].join(2 * self._lost_after)
-
-
-_open: Watch | None = None
-_failed: Watch | None = None
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[Callable[..., Callable[..., Any]]]:
-    """While open, processes watch over each other; gives what makes a training step a watched one (`Watch.over`).
-
-    An error in one ends the others, and `leave` ends that one. A failure of a collective operation waits until it is
-    known who is lost. Within another such context it is that one.
-    """
-    global _open, _failed
-    if _open is not None or _members()[1] == 1:
-        yield _open.over if _open is not None else lambda step, prepare=None: step
-        return
-    watch, _failed = Watch(), None
-    _open = watch
-    watch.start()
-    try:
-        yield watch.over
-    except Interrupted:  # in all of them, at the same step
-        watch.stop()
-        raise
-    except BaseException as e:
-        if isinstance(e, jax.errors.JaxRuntimeError):
-            watch.join()
-        _failed = watch
-        watch.stop(" ".join(str(e).split())[:300] or type(e).__name__)
-        raise
-    finally:
-        _open = None
-    watch.stop()
-
-
-def failed() -> bool:
-    """Whether there are other processes, and an error ended `watching`, which they may not share."""
-    return _failed is not None
-
-
-def leave(code: int) -> NoReturn:
-    """End this process with a code, after such an error."""
-    assert _failed is not None
-    _failed.leave(code)
-
-
-def _seconds(variable: str, usual: float) -> float:
+def seconds(variable: str, usual: float) -> float:
+    """A duration that an environment variable may give."""
     return float(os.environ.get(variable) or usual)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding
+from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding, watch
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
@@ -55,7 +55,7 @@ def train(c: Config) -> Path:
     use_compile_cache()
     clock = Clock()
     out = Path(c.output)
-    with _told_to_stop() as told, distributed.watching() as watched:
+    with _told_to_stop() as told, watch.watching() as watched:
         job = prepare(c)
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
@@ -118,8 +118,10 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., An
     with clock.on("export"):
         try:
             export(job, weights)
-        except OSError as e:
-            raise unsaved or e from e
+        except (OSError, UserError) as e:
+            if unsaved is None:
+                raise
+            raise unsaved from e  # which says what is lost
     spent = clock.seconds()
     log.say(f"took {log.duration(sum(spent.values()))}: {shares(spent)}")
     if unsaved is not None:

@@ -35,12 +35,12 @@ def exit_codes(debug: bool = False) -> Iterator[None]:
         with _one_line(debug):
             yield
     except BaseException as e:
-        distributed = sys.modules.get("jaxtune.distributed")  # imported by those who train
-        if distributed is None or not distributed.failed():
+        watch = sys.modules.get("jaxtune.watch")  # imported by those who train
+        if watch is None or not watch.failed():
             raise
         if not isinstance(e, SystemExit):
             traceback.print_exception(e)
-        distributed.leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+        watch.leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
 
 
 @contextlib.contextmanager
