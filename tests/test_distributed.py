@@ -6,7 +6,7 @@ import pytest
 
 from jaxtune import distributed, log, watch
 from jaxtune.errors import UserError
-from tests.processes import together
+from tests.processes import ended, start, together
 
 AGREE = """
 import sys
@@ -115,3 +115,26 @@ def test_clusters_are_found_by_their_variables(monkeypatch, variables, found):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert distributed._in_cluster() is found
+
+
+SHARED = """
+import sys
+from pathlib import Path
+from jaxtune import cli, distributed, run
+distributed.initialize()
+run._VISIBLE_S = 1.0
+out = Path(sys.argv[1])
+for n in range(2):  # a second run in a session asks with other keys
+    with run._alone(out):
+        distributed.agree("x", {"n": n})
+if distributed.members()[0]:
+    out = out.with_name("another disk")
+with cli.exit_codes(), run._alone(out):
+    pass
+"""
+
+
+def test_a_run_folder_that_not_all_hosts_see_is_refused_by_all(tmp_path):
+    for done in ended(start(SHARED, 2, 1, tmp_path / "run")):
+        assert done.code == 2, done
+        assert re.search(r"error: \S.*: not all hosts see what is written there; choose an output on", done.stderr)
