@@ -250,7 +250,8 @@ class Checkpoints:
             if self._writes:
                 manifest.write(place, about)
                 if (target := self.folder / str(step)).exists():
-                    os.replace(target, self.folder / f"{step}.old")
+                    shutil.rmtree(old := self.folder / f"{step}.old", ignore_errors=True)
+                    os.replace(target, old)
                 os.replace(place, target)
                 self._verified[step] = about
                 self._tidy(step)
