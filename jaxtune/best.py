@@ -48,13 +48,22 @@ class Best:
         """`history` holds the entries of metrics.jsonl up to the step `start`; it grows as the run goes on."""
         self.c, self.history = c, history
         self._checkpoints = Checkpoints(folder / FOLDER, keep=1) if c.best else None
-        if self._checkpoints is not None and (self._checkpoints.newest or 0) > start:  # the run was killed behind it
+        self._held = self._newest()
+        if self._checkpoints is not None and (self._held or 0) > start:  # the run was killed behind it
             self._checkpoints.close()
             if distributed.first():
                 shutil.rmtree(folder / FOLDER)
             distributed.wait("best is removed")
-            self._checkpoints = Checkpoints(folder / FOLDER, keep=1)
-        self._saver = Saver(self._checkpoints) if self._checkpoints is not None else None
+            self._checkpoints, self._held = Checkpoints(folder / FOLDER, keep=1), None
+        self._saver = Saver(self._checkpoints, again=False) if self._checkpoints is not None else None
+
+    def _newest(self) -> int | None:
+        """The step of the weights that are kept; a run needs none of them to go on."""
+        try:
+            return None if self._checkpoints is None else self._checkpoints.newest
+        except UserError as e:
+            log.warn(f"{e}; the run goes on without the best weights so far")
+            return None
 
     @property
     def hopeless(self) -> bool:
@@ -70,14 +79,14 @@ class Best:
             there = sorted({k[5:] for m in self.history for k in m if k.startswith("eval_")})
             raise UserError(f"evaluate.metric {self.c.metric!r} is not among the scores: {', '.join(there)}")
         checkpoints, saver = self._checkpoints, self._saver
-        if checkpoints is not None and saver and best_step(self.c, self.history) == n and checkpoints.newest != n:
+        if checkpoints is not None and saver and best_step(self.c, self.history) == n and self._held != n:
             saver.save(n, lambda: checkpoints.save(n, {"trainable": trained}, {}, {"metric": self.c.metric}))
 
     def restored(self, like: Any) -> Any:
         """The best weights, of the form of `like`; None where none are kept."""
         if self._saver is not None:
             self._saver.settle()
-        if self._checkpoints is None or (newest := self._checkpoints.newest) is None:
+        if self._checkpoints is None or (newest := self._newest()) is None:
             if self.c.best:
                 log.warn("no weights of an evaluation are kept: the last ones are exported")
             return None

@@ -5,16 +5,19 @@ then it gets its name; all that goes on behind the training. A step whose files 
 named and left out for the one before. Frozen weights are not saved: they are read from the model folder again.
 
 Names in the folder: `9` a whole step, `9.saving…` one that is being written, `9.bad` one that was left out, which stays
-until a later step is whole, and `9.gone` one that is being deleted.
+until a later step is whole, `9.old` one that is saved again, until that is whole, and `9.gone` one that is being
+deleted.
 """
 
+import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +28,7 @@ from jaxtune.config import Config
 from jaxtune.errors import UserError
 from jaxtune.weights import path_name
 
+T = TypeVar("T")
 # What may differ between a run and its resumption; everything else would change what the run means. Model and data are
 # compared by what they hold, not by where they lie.
 _FREE = (
@@ -33,6 +37,8 @@ _FREE = (
     "versions",
 )  # fmt: skip
 _TROUBLE = (OSError, ValueError, RuntimeError)  # tensorstore's ValueError may be a full disk, jax's RuntimeError a host
+_PAUSES = (0.5, 2.0, 5.0)  # seconds between tries of reading what storage does not give
+_PROBE = 2**16  # bytes that are written to see whether any can be
 _MARK = "manifest"  # what `about` says where a manifest belongs to the step
 
 
@@ -72,6 +78,11 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in (*self.folder.glob("*.saving*"), *self.folder.glob("*.gone"), *self.folder.glob("*-tmp*")):
                 shutil.rmtree(left, ignore_errors=True)
+            for old in self.folder.glob("*.old"):
+                if (place := self.folder / old.stem).exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                else:  # killed between two renames
+                    os.replace(old, place)
 
     # --- what is there ------------------------------------------------------------------------------------------------
 
@@ -86,7 +97,7 @@ class Checkpoints:
         """The newest step whose files are as they were written; the same on all processes.
 
         Raises:
-          UserError: there are steps, and all are damaged.
+          UserError: there are steps, and all are damaged or cannot be read.
         """
         if self._behind is not None:
             futures.wait([self._behind])
@@ -94,6 +105,8 @@ class Checkpoints:
             found, problem = self._find() if distributed.first() else None, None
         except UserError as e:
             found, problem = -1, e
+        except OSError as e:
+            found, problem = -1, UserError(f"{self.folder}: cannot be read ({e.strerror}); mend the storage")
         if distributed.count() > 1:
             from jax.experimental import multihost_utils
 
@@ -104,40 +117,60 @@ class Checkpoints:
 
     def _find(self) -> int | None:
         bad: dict[int, str] = {}
-        for step in reversed(self.steps):
-            if step in self._verified or not (reason := self._damage(step)):
+        unread: dict[int, str] = {}  # nothing is proved against them: they stay as they are
+        for step in reversed(_patiently(lambda: self.steps)):
+            try:
+                reason = "" if step in self._verified else _patiently(lambda n=step: self._damage(n))  # type: ignore[misc]
+            except OSError as e:
+                unread[step] = f"cannot be read: {e.strerror}"
+                continue
+            if not reason:
+                for n, why in unread.items():
+                    log.warn(f"{self.folder / str(n)}: {why}; it is left as it is, and that of step {step} is taken")
                 for n, why in bad.items():
                     log.warn(
                         f"{self.folder / str(n)}: this checkpoint is damaged ({why}); it is left out, and that of step "
                         f"{step} is taken"
                     )
-                    if self._writes:
-                        os.replace(self.folder / str(n), self.folder / f"{n}.bad")
+                    self._put_aside(n)
                 return step
             bad[step] = reason
+        there = "; ".join(f"{n}: {why}" for n, why in (unread | bad).items())
+        if unread:
+            raise UserError(f"{self.folder}: no checkpoint is whole ({there}); mend the storage and try again")
         if bad:
-            there = "; ".join(f"{n}: {why}" for n, why in bad.items())
             raise UserError(
                 f"{self.folder}: every checkpoint is damaged ({there}); bring one back from a copy, or remove the "
                 "folder to begin again"
             )
         return None
 
+    def _put_aside(self, step: int) -> None:
+        if not self._writes:
+            return
+        try:
+            shutil.rmtree(aside := self.folder / f"{step}.bad", ignore_errors=True)
+            os.replace(self.folder / str(step), aside)
+        except OSError as e:
+            log.warn(f"{self.folder / str(step)}: cannot be put aside ({e.strerror}); remove it")
+
     def _damage(self, step: int) -> str:
-        """What is wrong with a step; nothing if it is as it was written."""
+        """What is wrong with a step; nothing if it is as it was written.
+
+        Raises:
+          OSError: it cannot be read.
+        """
         place = self.folder / str(step)
         try:
             about, reason = manifest.read(place)
         except FileNotFoundError:
             try:
-                if _MARK in self._about(step):
+                if _MARK in self._read_about(step):
                     return f"{manifest.NAME} is missing"
-            except UserError:
+            except (FileNotFoundError, NotADirectoryError, ValueError):
                 return f"{manifest.NAME} is missing, and it cannot be read"
             log.warn(f"{place}: was saved before checkpoints had manifests, so damage would not be seen")
             about, reason = {}, ""
-        except OSError as e:
-            return f"{manifest.NAME} cannot be read: {e.strerror}"
         if not reason and about and about["step"] != step:
             reason = f"it is that of step {about['step']}"
         if not reason:
@@ -171,18 +204,20 @@ class Checkpoints:
         Raises:
           UserError: it cannot be written, or the save before could not.
         """
-        self.wait()
-        args = self._args
+        args, problem = self._args, None
         trees = {name: flat(tree) for name, tree in state.items()}
         place = self.folder / f"{step}.saving"
         try:
-            if distributed.count() == 1:  # several would have to agree
-                need = sum(x.nbytes for x in jax.tree.leaves(trees))
-                if need > (free := shutil.disk_usage(self.folder).free):  # before a half is written
-                    raise OSError(f"it needs {log.size(need)}, {log.size(free)} are free")
+            self.wait()
             if self._writes:
-                for left in self.folder.glob(f"{step}.saving*"):
-                    shutil.rmtree(left)
+                self._make_ready(step, sum(x.nbytes for x in jax.tree.leaves(trees)))
+        except UserError as e:
+            problem = e
+        except _TROUBLE as e:
+            problem = self._unwritable(e)
+        if not distributed.everywhere(problem is None):  # all begin it or none: they would wait for each other
+            raise problem or self._unwritable("another process cannot, and says why")
+        try:
             self._orbax.save(
                 place,
                 args=args.Composite(
@@ -196,6 +231,17 @@ class Checkpoints:
         remembered = {"step": step, "state": {n: [x.dtype.name, list(x.shape)] for n, x in flat(trees).items()}}
         self._behind = self._pool.submit(self._commit, step, place, remembered, then)
 
+    def _make_ready(self, step: int, need: int) -> None:
+        """Look before a half is written, as far as one process can for all, whether `need` bytes can be."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{step}.saving*"):
+            shutil.rmtree(left)
+        if need > (free := shutil.disk_usage(self.folder).free):
+            raise OSError(f"it needs {log.size(need)}, {log.size(free)} are free")
+        probe = self.folder / ".probe"
+        probe.write_bytes(bytes(min(need, _PROBE)))
+        probe.unlink()
+
     def _commit(self, step: int, place: Path, about: Mapping[str, Any], then: Callable[[], None] | None) -> None:
         """Behind the training: when Orbax is done, add the manifest, give the step its name, and delete old ones."""
         try:
@@ -203,25 +249,31 @@ class Checkpoints:
             self._orbax.check_for_errors()
             if self._writes:
                 manifest.write(place, about)
-                self._delete(step)
-                os.replace(place, self.folder / str(step))
+                if (target := self.folder / str(step)).exists():
+                    shutil.rmtree(old := self.folder / f"{step}.old", ignore_errors=True)
+                    os.replace(target, old)
+                os.replace(place, target)
                 self._verified[step] = about
-                for old in self.steps[: -self.keep]:
-                    self._delete(old)
-                for bad in self.folder.glob("*.bad"):
-                    if int(bad.stem) <= step:
-                        shutil.rmtree(bad)
+                self._tidy(step)
             if then is not None:
                 then()
         except _TROUBLE as e:
             raise self._unwritable(e) from e
 
-    def _delete(self, step: int) -> None:
-        """Take a step's name away first: a half of it must not look like a step."""
-        self._verified.pop(step, None)
-        if (place := self.folder / str(step)).exists():
-            os.replace(place, gone := self.folder / f"{step}.gone")
-            shutil.rmtree(gone)
+    def _tidy(self, step: int) -> None:
+        """Delete what a step that is whole now makes needless. A later one that could not be read stays."""
+        try:
+            for left in (*self.folder.glob(f"{step}.old"), *self.folder.glob("*.gone")):
+                shutil.rmtree(left)
+            for old in [n for n in self.steps if n <= step][: -self.keep]:
+                self._verified.pop(old, None)
+                os.replace(self.folder / str(old), gone := self.folder / f"{old}.gone")  # a half looks like no step
+                shutil.rmtree(gone)
+            for bad in self.folder.glob("*.bad"):
+                if int(bad.stem) <= step:
+                    shutil.rmtree(bad)
+        except OSError as e:
+            log.warn(f"{self.folder}: old checkpoints cannot be deleted ({e.strerror}); step {step} is whole")
 
     def wait(self) -> None:
         """Until everything is on disk.
@@ -233,7 +285,7 @@ class Checkpoints:
         if behind is not None:
             behind.result()
 
-    def _unwritable(self, e: Exception) -> UserError:
+    def _unwritable(self, e: Exception | str) -> UserError:
         reason = " ".join(str(e).split())[:160]
         return UserError(f"{self.folder}: cannot save a checkpoint ({reason}); earlier ones are kept; make room")
 
@@ -243,12 +295,19 @@ class Checkpoints:
         """The config and digests that a step was saved with."""
         return {k: v for k, v in self._about(step).items() if k != _MARK}
 
+    def digest(self, step: int) -> str:
+        """Eight letters that say which bytes a step has, of its manifest; `old` where it has none."""
+        return manifest.digest(self.folder / str(step))[:8] or "old"
+
     def _about(self, step: int) -> dict[str, Any]:
         try:
-            args = self._args.Composite(about=self._args.JsonRestore())
-            return self._orbax.restore(self.folder / str(step), args=args)["about"]
-        except (OSError, ValueError, KeyError) as e:
+            return _patiently(lambda: self._read_about(step))
+        except (OSError, ValueError) as e:
             raise self._unreadable(step, e) from e
+
+    def _read_about(self, step: int) -> dict[str, Any]:
+        """Not through Orbax, which has all processes read together."""
+        return json.loads((self.folder / str(step) / "about" / "metadata").read_text())
 
     def _unreadable(self, step: int, e: Exception | str) -> UserError:
         reason = " ".join(str(e).split())[:200]
@@ -283,6 +342,18 @@ class Checkpoints:
             log.warn(str(e))
         self._pool.shutdown()
         self._orbax.close()
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What is read from storage, which may be away for moments."""
+    for pause in _PAUSES:
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read()
 
 
 def start_step(config: Config, checkpoints: Checkpoints, about: Mapping[str, Any]) -> int:

@@ -1,37 +1,30 @@
-"""The processes of a run: one on a laptop, one for each host of a slice. They start, agree, watch and end together.
+"""The processes of a run: one on a laptop, one for each host of a slice. They start, agree and end together.
 
 Each process runs the same program (JAX's multi-controller runtime) and speaks to the others in two ways: arrays over
-the devices, and small texts through the coordinator's key-value store. Of the second kind are the comparison at the
-start, signs of life, and the reasons of failures.
+the devices, and small texts through the coordinator's key-value store, as at the comparison at the start. `watch` has
+them watch over each other.
 
 Dimensions: N devices.
 """
 
-import contextlib
 import inspect
+import itertools
 import json
 import os
 import socket
-import statistics
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtune import log
-from jaxtune.errors import Interrupted, UserError
+from jaxtune.errors import UserError
 
 STOP, SAVE = 1, 2  # bits of a wish
-RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
-_LOST_S, _HEARTBEAT_S, _INIT_S = 60.0, 100, 300
-_STEP_S, _STEPS = 60.0, 20  # a step is hung after so many seconds, or so many times the usual
+_HEARTBEAT_S, _INIT_S = 100, 300
 _PREPARING_MS = 3_600_000  # hosts may tokenise at different speeds; a lost one is found before
-_FIRST_STEP_S = 600.0  # hosts read weights at different speeds
+TURNS = itertools.count()  # of keys in the store, which are written once: all processes count alike
 # Variables by which `jax.distributed.initialize` finds the others by itself; the second ones hold lists.
 _CLUSTERS = ("MEGASCALE_COORDINATOR_ADDRESS", "SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
 _HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -50,7 +43,7 @@ def initialize() -> None:
       UserError: the variables are incomplete, or the others cannot be reached.
     """
     if jax.distributed.is_initialized():
-        return
+        return _hush()
     given: dict[str, Any] = {}
     if (address := os.environ.get("JAX_COORDINATOR_ADDRESS")) is not None:
         try:
@@ -70,8 +63,8 @@ def initialize() -> None:
         jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     wanted: dict[str, Any] = {
-        "initialization_timeout": int(_seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
-        "heartbeat_timeout_seconds": int(_seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
+        "initialization_timeout": int(seconds("JAXTUNE_INIT_TIMEOUT", _INIT_S)),
+        "heartbeat_timeout_seconds": int(seconds("JAXTUNE_HEARTBEAT_TIMEOUT", _HEARTBEAT_S)),
         "shutdown_timeout_seconds": 30,  # of a process that ended by itself
     }
     known = inspect.signature(jax.distributed.initialize).parameters
@@ -80,7 +73,11 @@ def initialize() -> None:
     except (RuntimeError, ValueError) as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"the other processes cannot be joined ({reason}); look at the coordinator's address") from e
-    if not first():
+    _hush()
+
+
+def _hush() -> None:
+    if members()[0] != 0:
         log.hush()
 
 
@@ -97,6 +94,14 @@ def _in_cluster() -> bool:
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
     except OSError:  # no metadata server, as on Colab
         return False
+
+
+def members() -> tuple[int, int]:
+    """Which process this is to the coordinator, and how many it has: known before any device is."""
+    from jax._src import distributed  # the public part does not say
+
+    state = distributed.global_state
+    return (state.process_id, state.num_processes) if state.client is not None else (0, 1)
 
 
 def index() -> int:
@@ -137,7 +142,9 @@ def gathered(tree: Any) -> Any:
     """
     speaks = first()
 
-    def whole(x: jax.Array) -> np.ndarray | None:
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array):  # abstract
+            return x
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x) if speaks else None
         copied = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
@@ -163,10 +170,20 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def everywhere(true: bool) -> bool:
+    """Whether it is true on all processes. All of them call this."""
+    if count() == 1:
+        return true
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.array(true))))
+
+
 # --- small texts ------------------------------------------------------------------------------------------------------
 
 
-def _store() -> Any:
+def store() -> Any:
+    """The coordinator's key-value store."""
     from jax._src import distributed  # the public part has no key-value store
 
     return distributed.global_state.client
@@ -180,19 +197,29 @@ def agree(what: str, mine: Mapping[str, Any]) -> None:
     """
     if count() == 1:
         return
-    store, ms = _store(), _PREPARING_MS
-    key = f"jaxtune/{what}"
-    store.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
+    kv, ms = store(), _PREPARING_MS
+    key = f"jaxtune/{next(TURNS)}/{what}"
+    kv.key_value_set(f"{key}/{index()}", json.dumps([socket.gethostname(), mine]))
     if first():
         verdict = ""
         for i in range(1, count()):
-            host, theirs = json.loads(store.blocking_key_value_get(f"{key}/{i}", ms))
+            host, theirs = json.loads(kv.blocking_key_value_get(f"{key}/{i}", ms))
             if odd := differing(json.loads(json.dumps(mine)), theirs):
                 verdict = f"process {i} on {host} differs from process 0 in {', '.join(odd)}; make them the same"
                 break
-        store.key_value_set(f"{key}/verdict", verdict)
-    if verdict := store.blocking_key_value_get(f"{key}/verdict", ms):
+        kv.key_value_set(f"{key}/verdict", verdict)
+    if verdict := kv.blocking_key_value_get(f"{key}/verdict", ms):
         raise UserError(verdict)
+
+
+def from_first(text: str) -> str:
+    """The text that the first process gives, in all of them. All processes call this."""
+    if count() == 1:
+        return text
+    key = f"jaxtune/{next(TURNS)}/text"
+    if first():
+        store().key_value_set(key, text)
+    return store().blocking_key_value_get(key, _PREPARING_MS)
 
 
 def differing(first: Any, other: Any, name: str = "") -> list[str]:
@@ -207,142 +234,6 @@ def differing(first: Any, other: Any, name: str = "") -> list[str]:
     return [] if first == other else [f"{name} ({first} there, {other} here)"]
 
 
-# --- watching over each other -----------------------------------------------------------------------------------------
-
-
-class Watch:
-    """Ends this process with code 75, and says which host is to blame, when another is lost, hung or has failed.
-
-    Every process writes signs of life: a beat, and the number of steps that it has begun. A process whose beat stands
-    still is lost. Where a step that this process has begun is not done in time, those that have begun fewer are hung.
-    """
-
-    def __init__(self) -> None:
-        self._lost_after = _seconds("JAXTUNE_LOST_AFTER", _LOST_S)
-        self._step_limit = _seconds("JAXTUNE_STEP_TIMEOUT", 0.0)
-        self._lock = threading.Lock()
-        self._begun, self._since, self._report, self._pending = 0, 0.0, None, False
-        self._times: deque[float] = deque(maxlen=_STEPS)
-        self._beats: dict[int, tuple[int, float]] = {}  # the last beat of each, and when it was new
-        self._hosts: dict[int, str] = {}
-        self._closed = threading.Event()
-        self._life: dict[int, Any] = {}
-        self._asked = time.monotonic()
-        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._speak, self._look)]
-
-    def over(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """A training step that is watched: until its report is there it is not done."""
-
-        def watched(*args: Any) -> Any:
-            now = time.monotonic()
-            if self._begun:
-                self._times.append(now - self._since)
-            with self._lock:
-                self._begun, self._since, self._report, self._pending = self._begun + 1, now, None, True
-            state, report = step(*args)
-            self._report = report["loss"]
-            return state, report
-
-        return watched
-
-    def _settle(self) -> None:
-        """Look whether the last step is done."""
-        with self._lock:
-            if self._report is not None and self._report.is_ready():
-                self._pending = False
-
-    def start(self) -> None:
-        for t in self._threads:
-            t.start()
-
-    def stop(self, failure: str | None = None) -> None:
-        """This process ends: all is done, or why not."""
-        self._closed.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is no more
-            self._write(done=True, failure=failure)
-
-    def _write(self, **more: Any) -> None:
-        beat = time.monotonic_ns()
-        life = {"beat": beat, "begun": self._begun, "host": socket.gethostname(), **more}
-        _store().key_value_set(f"jaxtune/life/{index()}", json.dumps(life), allow_overwrite=True)
-
-    def _speak(self) -> None:
-        while not self._closed.wait(self._lost_after / 10):
-            try:
-                self._write()
-                lives = dict(_store().key_value_dir_get("jaxtune/life"))
-            except jax.errors.JaxRuntimeError:  # the coordinator does not answer: `_look` sees how long
-                continue
-            self._life = {int(k.rsplit("/", 1)[-1]): json.loads(v) for k, v in lives.items()}
-            self._asked = time.monotonic()
-
-    def _look(self) -> None:
-        while not self._closed.wait(self._lost_after / 10):
-            if (blame := self._to_blame()) is not None and not self._closed.is_set():
-                print(f"stopped: {blame}; run the same command again on all hosts", file=sys.stderr, flush=True)
-                sys.stdout.flush()
-                if first():  # with the coordinator the others lose their voice
-                    time.sleep(self._lost_after / 4)
-                os._exit(RESUME_ME)  # the main thread may wait for the lost one for ever
-
-    def _to_blame(self) -> str | None:
-        """Who is lost, hung or has failed, in words."""
-        now = time.monotonic()
-        if now - self._asked > self._lost_after:
-            return f"process 0, the coordinator, has not answered for {now - self._asked:.0f} s"
-        lives = {i: life for i, life in self._life.items() if i != index()}
-        for i, life in lives.items():
-            who = f"process {i} on {life['host']}"
-            if life["beat"] != self._beats.get(i, (0, 0.0))[0]:
-                self._beats[i] = life["beat"], now
-            quiet = now - self._beats[i][1]
-            if life.get("failure") and quiet > self._lost_after / 5:  # time for this one to fail by itself
-                return f"{who} has failed: {life['failure']}"
-            if not life.get("done") and quiet > self._lost_after:
-                return f"{who} is lost: no sign of life for {quiet:.0f} s"
-        self._settle()
-        if not self._pending or (waited := now - self._since) < self._limit():
-            return None
-        behind = [i for i, life in lives.items() if life["begun"] < self._begun and not life.get("done")]
-        names = ", ".join(f"process {i} on {lives[i]['host']}" for i in behind)
-        if not names:
-            return f"a step is not done after {waited:.0f} s, though all processes have begun it; a device may hang"
-        return f"a step is not done after {waited:.0f} s: {names} has not begun it"
-
-    def _limit(self) -> float:
-        """Seconds until a step counts as hung."""
-        usual = max(_STEP_S, _STEPS * statistics.median(self._times)) if self._times else _FIRST_STEP_S
-        return self._step_limit or usual
-
-    def join(self) -> None:
-        """Wait for the verdict on a failure that is likely another's."""
-        self._threads[1].join(2 * self._lost_after)
-
-
-@contextlib.contextmanager
-def watching() -> Iterator[Callable[[Callable[..., Any]], Callable[..., Any]]]:
-    """While open, processes watch over each other; gives what makes a training step a watched one.
-
-    An error in one ends the others. A failure of a collective operation waits until it is known who is lost.
-    """
-    if count() == 1:
-        yield lambda step: step
-        return
-    watch = Watch()
-    watch.start()
-    try:
-        yield watch.over
-    except Interrupted:
-        watch.stop()
-        raise
-    except jax.errors.JaxRuntimeError:
-        watch.join()
-        raise
-    except BaseException as e:
-        watch.stop(" ".join(str(e).split())[:300] or type(e).__name__)
-        raise
-    watch.stop()
-
-
-def _seconds(variable: str, usual: float) -> float:
+def seconds(variable: str, usual: float) -> float:
+    """A duration that an environment variable may give."""
     return float(os.environ.get(variable) or usual)

@@ -36,9 +36,9 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def warn(text: str) -> None:
-    """A line on standard error, once."""
-    if text not in _WARNED and not _HUSHED:
+def warn(text: str, everywhere: bool = False) -> None:
+    """A line on standard error, once; `everywhere`: also where another process speaks, which may not know it."""
+    if text not in _WARNED and (everywhere or not _HUSHED):
         _WARNED.add(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 

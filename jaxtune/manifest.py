@@ -38,6 +38,7 @@ def read(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
     Raises:
       FileNotFoundError: there is no manifest.
+      OSError: a file is there and cannot be read, which says nothing of its bytes.
     """
     try:
         whole = json.loads((folder / NAME).read_text())
@@ -50,8 +51,8 @@ def read(folder: Path) -> tuple[dict[str, Any] | None, str]:
     def wrong(name: str) -> str:
         try:
             size, digest = _look(folder / name)
-        except OSError as e:
-            return f"{name} cannot be read: {e.strerror}"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return f"{name} is missing"
         wanted_size, wanted = body["files"][name]
         if size != wanted_size:
             return f"{name} has {size:,} bytes instead of {wanted_size:,}"
@@ -61,6 +62,12 @@ def read(folder: Path) -> tuple[dict[str, Any] | None, str]:
         found = [text for text in pool.map(wrong, body["files"]) if text]
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return body["about"], found[0] + more if found else ""
+
+
+def digest(folder: Path) -> str:
+    """A hash of all that a manifest says; nothing where there is none."""
+    file = folder / NAME
+    return json.loads(file.read_text())["self"] if file.exists() else ""
 
 
 def _pool() -> ThreadPoolExecutor:

@@ -4,10 +4,13 @@
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding
+from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding, watch
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
@@ -37,6 +40,7 @@ from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
+_VISIBLE_S = 60.0  # until other hosts see a new file: network file systems keep what they have seen
 SAVE_NOW, STOP = "SAVE_NOW", "STOP"  # files in the run folder: save after this step and go on, or leave
 
 
@@ -51,7 +55,7 @@ def train(c: Config) -> Path:
     use_compile_cache()
     clock = Clock()
     out = Path(c.output)
-    with _told_to_stop() as told, distributed.watching() as watched:
+    with _told_to_stop() as told, watch.watching() as watched:
         job = prepare(c)
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
@@ -61,7 +65,7 @@ def train(c: Config) -> Path:
     return out
 
 
-def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], Any], clock: Clock) -> None:
+def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., Any], clock: Clock) -> None:
     c = job.config
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
@@ -71,9 +75,11 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
     checkpoints = Checkpoints(out / CHECKPOINTS, c.checkpoint.keep)
     about = job.about
     start = start_step(c, checkpoints, about)
-    distributed.agree("start", {f"step of {out}, which all hosts have to see": start})
     history = [m for m in log.read_metrics(out / "metrics.jsonl") if m["step"] <= start]
-    if (start == job.steps or hopeless(c.evaluate, history)) and (out / EXPORT).exists():
+    exported = (out / EXPORT).exists()
+    there = {"steps": checkpoints.steps, "entries of metrics.jsonl": len(history), "export": exported}
+    distributed.agree("start", {f"what is in {out}": there})
+    if (start == job.steps or hopeless(c.evaluate, history)) and exported:
         log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
         return checkpoints.close()
     log.write_whole(out / CONFIG, config.dump(c))
@@ -112,11 +118,14 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[[Any], 
     with clock.on("export"):
         try:
             export(job, weights)
-        except OSError as e:
-            raise unsaved or e from e
+        except (OSError, UserError) as e:
+            if unsaved is None:
+                raise
+            raise unsaved from e  # which says what is lost
     spent = clock.seconds()
     log.say(f"took {log.duration(sum(spent.values()))}: {shares(spent)}")
     if unsaved is not None:
+        distributed.wait("exported")  # an error in one ends the others
         raise UserError(f"{unsaved}; the tuned model itself is whole in {out / EXPORT}")
 
 
@@ -132,7 +141,7 @@ def _loop(
     job: Job,
     state: State,
     compiled: Steps,
-    watched: Callable[[Any], Any],
+    watched: Callable[..., Any],
     batches: Batches | Streamed,
     checkpoints: Checkpoints,
     start: int,
@@ -208,7 +217,7 @@ def _loop(
         return State(frozen=state.frozen, **restored)._replace(step=state.step)
 
     with contextlib.ExitStack() as closing:
-        step: Any = watched(compiled)
+        step: Any = watched(compiled, compiled.prepare)
         closing.enter_context(contextlib.closing(runlog))
         if best is not None:
             closing.enter_context(contextlib.closing(best))
@@ -259,7 +268,11 @@ def measured(state: State) -> Tree:
 
 def _asked(file: Path) -> bool:
     """Whether a user asks for something by a file; one process of several looks."""
-    return distributed.first() and file.exists()
+    try:
+        return distributed.first() and file.exists()
+    except OSError as e:  # storage that is away for a while
+        log.warn(f"{file}: cannot be looked for ({e.strerror}); until it can, nobody asks")
+        return False
 
 
 def _remove(file: Path) -> None:
@@ -271,21 +284,41 @@ def _remove(file: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the run folder: two processes would tear each other's checkpoints. The lock goes with the process.
+    """Hold the run folder: two runs would tear each other's checkpoints. The lock goes with the process.
 
     Raises:
-      UserError: another process trains there.
+      UserError: another run trains there, or it is not the same folder on all hosts.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if not distributed.first():
+    lock = out / ".lock"
+    with contextlib.ExitStack() as held:
+        if distributed.first():
+            f = held.enter_context(lock.open("w"))
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UserError(
+                    f"{out}: another process is training there; wait for it or choose another output"
+                ) from e
+            except OSError as e:
+                if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                log.warn(f"{out}: its storage has no locks ({e.strerror}); see that no other run uses it")
+            f.write(token := uuid.uuid4().hex)
+            f.flush()
+            distributed.from_first(token)
+        seen = distributed.first() or _shows(lock, distributed.from_first(""))
+        if not distributed.everywhere(seen):
+            raise UserError(f"{out}: not all hosts see what is written there; choose an output on storage of all hosts")
         yield
-        return
-    with (out / ".lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{out}: another process is training there; wait for it or choose another output") from e
-        yield
+
+
+def _shows(file: Path, text: str) -> bool:
+    """Whether a file holds a text, or does so soon."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while not (shown := file.is_file() and file.read_text() == text) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return shown
 
 
 @contextlib.contextmanager

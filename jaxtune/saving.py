@@ -19,9 +19,9 @@ class Saver:
     Several processes have to save the same steps, so each call here is to be made by all of them.
     """
 
-    def __init__(self, checkpoints: Checkpoints, start: int = 0) -> None:
-        """`start`: the step that is there already."""
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpoints, start: int = 0, again: bool = True) -> None:
+        """`start`: the step that is there already; `again`: whether what failed will be tried again."""
+        self.checkpoints, self._again = checkpoints, again
         self._last = start or None  # the last step whose save was begun and is not known to have failed
         self.failures, self._next_try = 0, 0.0
         self._left_out = False
@@ -62,13 +62,14 @@ class Saver:
         self.failures += 1
         wait = min(_FIRST * 2 ** (self.failures - 1), _LONGEST)
         self._next_try = time.monotonic() + wait
-        log.warn(f"step {n}: {e}; training goes on, and saving is tried again, at the latest in {log.duration(wait)}")
+        again = f"and saving is tried again, at the latest in {log.duration(wait)}" if self._again else "without it"
+        log.warn(f"step {n}: {e}; training goes on, {again}", everywhere=True)
 
     def finish(self, n: int, save: Save) -> UserError | None:
         """Wait until step `n`, the last, is saved; try again for some minutes. What to say if it cannot be."""
         self.settle()
         for pause in (0, *PAUSES):
-            if _everywhere(self._last == n):
+            if distributed.everywhere(self._last == n):
                 return None
             if pause:
                 log.warn(
@@ -78,21 +79,14 @@ class Saver:
                 time.sleep(pause)
             self.save(n, save)
             self.settle()
-        if _everywhere(self._last == n):
+        if distributed.everywhere(self._last == n):
             return None
-        steps = self.checkpoints.steps
-        kept = f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint"
+        try:
+            steps = self.checkpoints.steps
+            kept = f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint"
+        except OSError as e:
+            kept = f"which one is there cannot be seen ({e.strerror})"
         return UserError(
             f"{self.checkpoints.folder}: step {n} could not be saved; {kept}: what came after it is lost, and the same "
             "command takes those steps again once there is room"
         )
-
-
-def _everywhere(true: bool) -> bool:
-    """Whether it is true on all processes."""
-    if distributed.count() == 1:
-        return true
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(np.all(multihost_utils.process_allgather(np.array(true))))

@@ -60,12 +60,16 @@ class Steps:
         self.job, self._compiled = job, {job.data.train.length: longest}
         self._clock, self._last = clock, None
 
-    def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
+    def prepare(self, state: State, batches: Mapping[str, Any]) -> Any:
+        """The step for batches of this length, compiled if it is the first one."""
         T = batches["ids_BT"].shape[-1]
         if T not in self._compiled:
             with self._clock.on("compile"):
                 self._compiled[T] = compile_step(self.job, T)
-        done = self._compiled[T](state, batches)
+        return self._compiled[T]
+
+    def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
+        done = self.prepare(state, batches)(state, batches)
         self._last = done[1]["loss"]
         return done
 

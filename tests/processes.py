@@ -10,15 +10,10 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 from jaxtune import cli, run
-from jaxtune.errors import Interrupted, UserError
 from tests.tiny import make_config
 model, data, out = (Path(a) for a in sys.argv[1:4])
-try:
+with cli.exit_codes():
     run.train(make_config(model, data, out, **json.loads(sys.argv[4])))
-except UserError as e:
-    cli._fail(str(e))
-except Interrupted as e:
-    cli._fail(str(e), cli.RESUME_ME)
 """
 
 

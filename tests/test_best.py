@@ -1,10 +1,12 @@
 """The best weights are exported, and a run without hope ends: by any metric, after a kill too."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune import log, run
-from jaxtune.best import best_step, hopeless
+from jaxtune.best import Best, best_step, hopeless
 from jaxtune.config import Evaluate
 from jaxtune.errors import UserError
 from jaxtune.hf import files
@@ -61,3 +63,23 @@ def test_a_metric_that_is_not_measured_is_said(tiny, sums_file, tmp_path):
         run.train(make_config(tiny, sums_file, tmp_path / "c", evaluate__best=True))
     with pytest.raises(UserError, match="metric 'blue' is not known"):
         run.train(make_config(tiny, sums_file, tmp_path / "b", evaluate__metric="blue", data__validation=8))
+
+
+def test_damaged_best_weights_do_not_hold_a_run(tmp_path, capsys):
+    c = Evaluate(best=True)
+    history = [{"step": 0, "eval_loss": 3.0}]
+    trained = {"w": jnp.arange(4.0)}
+    best = Best(tmp_path, c, history, 0)
+    best.see(0, trained)
+    best.close()
+    next((tmp_path / "best" / "0").rglob("manifest.json")).write_text("{")
+    best = Best(tmp_path, c, history, 0)
+    said = capsys.readouterr().err
+    assert "every checkpoint is damaged" in said
+    assert "the run goes on without the best weights so far" in said
+    assert best.restored(trained) is None
+    history.append({"step": 5, "eval_loss": 2.0})
+    best.see(5, trained)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trained)
+    np.testing.assert_array_equal(best.restored(like)["w"], trained["w"])
+    best.close()

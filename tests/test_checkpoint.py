@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import config
+from jaxtune import checkpoint, config, manifest
 from jaxtune.checkpoint import Checkpoints, flat, start_step, unflat
 from jaxtune.errors import UserError
 from jaxtune.nodes.lora import LoRA
@@ -235,3 +236,103 @@ def test_looking_does_not_touch_what_another_process_is_saving(tmp_path):
     owner = Checkpoints(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1"]
     owner.close()
+
+
+def unreadable(monkeypatch, step, times):
+    """Files of a step give EIO so many times."""
+    look, left = manifest._look, [times]
+
+    def failing(file):
+        if f"/{step}/" in str(file) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(5, "Input/output error")
+        return look(file)
+
+    monkeypatch.setattr(manifest, "_look", failing)
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0, 0.0))
+
+
+def test_what_cannot_be_read_for_a_moment_is_no_damage(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2).close()
+    unreadable(monkeypatch, 2, 1)
+    c = Checkpoints(tmp_path)
+    assert c.newest == 2
+    c.close()
+
+
+def test_what_cannot_be_read_stays_as_it_is(tmp_path, monkeypatch, capsys):
+    saved(tmp_path, 1, 3).close()
+    unreadable(monkeypatch, 3, 10**6)
+    c = Checkpoints(tmp_path, keep=1)
+    assert c.newest == 1
+    assert f"{tmp_path / '3'}: cannot be read: Input/output error; it is left as it is" in capsys.readouterr().err
+    c.save(2, state(2), {}, ABOUT)
+    c.wait()
+    assert c.steps == [2, 3]
+    c.close()
+    monkeypatch.undo()
+    c = Checkpoints(tmp_path)
+    assert c.newest == 3
+    c.close()
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+    c = saved(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_PAUSES", (0.0,))
+    monkeypatch.setattr(Checkpoints, "steps", property(lambda self: os.listdir("/dev/null/x")))
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\); mend the storage"):
+        _ = c.newest
+    monkeypatch.undo()
+    assert c.newest == 1
+    c.close()
+
+
+def test_a_step_that_is_saved_again_is_never_away(tmp_path, monkeypatch):
+    c = saved(tmp_path, 1)
+    replace = os.replace
+
+    def torn(a, b):
+        if str(a).endswith("1.saving"):
+            raise OSError(5, "Input/output error")
+        replace(a, b)
+
+    monkeypatch.setattr("os.replace", torn)
+    c.save(1, state(2), {}, ABOUT)
+    with pytest.raises(UserError, match="Input/output error"):
+        c.wait()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.old", "1.saving"]
+    monkeypatch.undo()
+    c.close()
+    c = Checkpoints(tmp_path)
+    assert c.newest == 1
+    jax.tree.map(np.testing.assert_array_equal, c.restore(1, abstract(state(0)))[0], state(1))
+    c.save(1, state(2), {}, ABOUT)
+    c.wait()
+    jax.tree.map(np.testing.assert_array_equal, c.restore(1, abstract(state(0)))[0], state(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    c.close()
+
+
+def test_old_ones_that_cannot_be_deleted_do_no_harm(tmp_path, monkeypatch, capsys):
+    c = saved(tmp_path, 1, keep=1)
+
+    def refused(*a, **k):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    c.save(2, state(2), {}, ABOUT)
+    c.wait()
+    assert c.newest == 2
+    assert "old checkpoints cannot be deleted (Device or resource busy); step 2 is whole" in capsys.readouterr().err
+    c.close()
+
+
+def test_a_second_damaged_step_of_a_name_is_put_aside_too(tmp_path):
+    saved(tmp_path, 1, 2).close()
+    (tmp_path / "2.bad").mkdir()
+    (tmp_path / "2.bad" / "x").touch()
+    harm(tmp_path / "2")
+    c = Checkpoints(tmp_path)
+    assert c.newest == 1
+    assert not (tmp_path / "2.bad" / "x").exists()
+    c.close()

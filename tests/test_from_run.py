@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +10,19 @@ from jaxtune.blueprint import materialise
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.errors import UserError
 from jaxtune.hf import files
+from tests.processes import together
 from tests.tiny import make_config
+
+FOLDER = """
+import sys
+from jaxtune import distributed, job
+distributed.initialize()
+job.model_folder(sys.argv[1])
+"""
+
+
+def read_all(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
 def test_a_lora_run_starts_from_the_exact_weights_of_a_full_run(tiny, sums_file, tmp_path):
@@ -19,10 +34,14 @@ def test_a_lora_run_starts_from_the_exact_weights_of_a_full_run(tiny, sums_file,
     trained = checkpoints.restore(2, j.state.saved())[0]["trainable"]
     checkpoints.close()
     folder = job.model_folder(str(full))
-    assert folder == full / "model-2"
+    assert folder.parent == full
+    assert re.fullmatch("model-2-[0-9a-f]{8}", folder.name)
     stored = {n: t.open() for n, t in files.read_header(folder / "model.safetensors").items()}
     assert {x.dtype for x in stored.values()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(stored["model.norm.weight"], trained["norm"]["weight"])
+    again = shutil.copytree(full, tmp_path / "again", ignore=shutil.ignore_patterns("model-*"))
+    together(FOLDER, 2, 2, again)
+    assert read_all(again / folder.name) == read_all(folder)
     lora = make_config(
         full, sums_file, tmp_path / "lora", tuning={"method": "lora", "rank": 2}, train__compute_dtype="bfloat16"
     )

@@ -1,5 +1,6 @@
 """A disk in trouble: said, tried again, and nothing good is lost."""
 
+import os
 import threading
 
 import pytest
@@ -112,3 +113,19 @@ def test_a_slow_disk_does_not_hold_the_training(checkpoints, monkeypatch, capsys
 
 def test_a_resumed_run_that_has_no_step_left_saves_nothing(checkpoints):
     assert Saver(checkpoints, start=7).finish(7, pytest.fail) is None
+
+
+def test_where_nothing_can_be_listed_the_end_is_still_an_error_that_says_so(checkpoints, monkeypatch):
+    s = Saver(checkpoints)
+    monkeypatch.setattr(saving, "PAUSES", ())
+    monkeypatch.setattr(Checkpoints, "steps", property(lambda self: os.listdir("/dev/null/x")))
+    monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(116, "Stale")))
+    said = str(s.finish(6, saves(checkpoints, 6)))
+    assert "step 6 could not be saved; which one is there cannot be seen (Not a directory)" in said
+
+
+def test_what_is_not_tried_again_does_not_say_so(checkpoints, monkeypatch, capsys):
+    s = Saver(checkpoints, again=False)
+    monkeypatch.setattr(checkpoints._orbax, "save", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space")))
+    s.save(2, saves(checkpoints, 2))
+    assert "No space); earlier ones are kept; make room; training goes on, without it" in capsys.readouterr().err

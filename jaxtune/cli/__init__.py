@@ -3,8 +3,11 @@
 Exit codes: 0 done, 2 something that the user can put right (one line says what), 75 stopped and saved, run it again.
 """
 
+import contextlib
 import errno
 import sys
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 # ruff: noqa: I001
@@ -21,9 +24,29 @@ RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h
 def main(arguments: list[str] | None = None) -> Any:
     """Run a verb; errors become one line and an exit code, or a stack trace with --debug."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    try:
+    with exit_codes("--debug" in arguments):
         app([a for a in arguments if a != "--debug"], standalone_mode=True)
+
+
+@contextlib.contextmanager
+def exit_codes(debug: bool = False) -> Iterator[None]:
+    """Errors become one line and an exit code; one process of several does not wait for the others then."""
+    try:
+        with _one_line(debug):
+            yield
+    except BaseException as e:
+        watch = sys.modules.get("jaxtune.watch")  # imported by those who train
+        if watch is None or not watch.failed():
+            raise
+        if not isinstance(e, SystemExit):
+            traceback.print_exception(e)
+        watch.leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+
+
+@contextlib.contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    try:
+        yield
     except UserError as e:
         if debug:
             raise

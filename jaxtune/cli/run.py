@@ -16,10 +16,11 @@ def train(arguments: Pairs = None) -> None:
     """Tune a model as CONFIG says, and export it. Run the same command again to go on after a stop."""
     import jax
 
-    from jaxtune import distributed, run
+    from jaxtune import distributed, run, watch
 
     distributed.initialize()  # before a translation asks for the number of devices
-    run.train(read_config(arguments, jax.device_count))
+    with watch.watching():
+        run.train(read_config(arguments, jax.device_count))
 
 
 @app.command()

@@ -162,3 +162,13 @@ def test_a_read_only_folder(tmp_path):
         c.save(1, {"trainable": {"x": jax.numpy.zeros(3)}}, {}, {})
     (tmp_path / "c").chmod(0o700)
     c.close()
+
+
+def test_storage_that_is_away_asks_for_nothing(tmp_path, monkeypatch, capsys):
+    def stale(self):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(log, "_WARNED", set())
+    monkeypatch.setattr(run.Path, "exists", stale)
+    assert [run._asked(tmp_path / "STOP") for _ in range(3)] == [False] * 3
+    assert capsys.readouterr().err.count("STOP: cannot be looked for (Stale file handle); until it can") == 1
