@@ -67,10 +67,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             f"mesh: {over} {sizes[AXES.index(over)]} does not divide over {slices} slices; set mesh.{over}={slices} or "
             "a multiple, or another mesh.over_slices"
         )
-    if slices == 1 or rehearsed:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     from jax.experimental import mesh_utils
 
+    if slices == 1 or rehearsed:
+        if devices[0].platform != "tpu":
+            return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, AXES, axis_types=auto)
     outer = [slices if a == over else 1 for a in AXES]
     inner = [s // o for s, o in zip(sizes, outer, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)

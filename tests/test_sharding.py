@@ -10,6 +10,7 @@ from jaxtune import sharding
 from jaxtune.config import Mesh
 from jaxtune.errors import UserError
 from jaxtune.layers import Weight
+from jaxtune.planning import topology
 
 
 def mesh(data, fsdp, tensor, **others):
@@ -143,6 +144,16 @@ def test_processes_that_share_rows_hold_the_same_ones():
 def test_slices_of_another_machine_are_rehearsed_on_a_cpu():
     cpus = [Fake(i, 0, platform="cpu") for i in range(8)]
     assert dict(sharding.make_mesh(Mesh(slices=2), cpus).shape) == dict(sharding.make_mesh(Mesh(), slices(2, 4)).shape)
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed")
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_axes_of_tpus_are_split_where_a_strategy_wants_it(name):
+    devices = topology.devices(topology.parse(name))
+    m = sharding.make_mesh(Mesh(strategy="fsdp_tensor"), devices)
+    assert (m.shape["fsdp"], m.shape["tensor"]) == (len(devices) // 2, 2)
+    assert {d.id for d in m.devices.flat} == {d.id for d in devices}
+    assert sharding.make_mesh(Mesh(strategy="context"), devices).shape["context"] == len(devices)
 
 
 def test_meshes_that_do_not_fit_slices_are_refused():
