@@ -6,6 +6,7 @@ table are not known here and not counted.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def imagined(c: Config, devices: Any, layers: int | None = None) -> Job:
     example = Encoded(np.zeros(c.data.max_length, np.int32), np.ones(c.data.max_length, bool), tail)
     rows = Rows([example], ["planned"], [[0]], c.data.max_length)
     return job.assemble(c, Prepared(rows, None, None, []), None, drawn, mesh, c.train.steps or STEPS)
+
+
+def few_layers(job: Job) -> tuple[int, int] | None:
+    """Two numbers of layers, from which one can go on to all: whole periods of the kinds of layers, at least two layers
+    to each stage, so that their loop stays one. None where the layers do not all train alike."""
+    d = job.blueprint.decoder
+    if len(d.groups) > 1:
+        return None
+    kinds = list(zip(d.windows or (0,) * d.layers, d.rope_of or (0,) * d.layers, strict=True))
+    period = next(p for p in range(1, d.layers + 1) if kinds[p:] == kinds[: d.layers - p])
+    stages = job.mesh.shape["stage"]
+    step = math.lcm(period, stages)
+    least = step if step >= 2 * stages else 2 * step
+    return least, least + step
 
 
 def shortened(decoder: DecoderConfig, layers: int) -> DecoderConfig:
