@@ -30,7 +30,10 @@ def weight(shape, names, n_in=1):
         (weight((3, 8, 4, 2), ("layers", "embed", "heads", "head")), PartitionSpec(None, "fsdp", "tensor", None)),
         (weight((3, 4, 2, 8), ("layers", "heads", "head", "embed"), 2), PartitionSpec(None, "tensor", None, "fsdp")),
         (weight((3, 8), ("layers", "embed"), 0), PartitionSpec()),
-        (weight((8, 4), ("embed", "rank")), PartitionSpec("fsdp", None)),
+        (weight((8, 4), ("embed", "rank")), PartitionSpec(None, None)),  # small
+        (weight((3, 4, 8, 2), ("layers", "rank", "heads", "head")), PartitionSpec(None, None, "tensor", None)),
+        (weight((2, 2**19, 8), ("layers", "embed", "rank")), PartitionSpec(None, "fsdp", None)),  # 16 MiB a layer
+        (weight((9, 2**17, 8), ("layers", "embed", "rank")), PartitionSpec(None, None, None)),
         (weight((6, 8), ("vocab", "embed")), PartitionSpec("tensor", "fsdp")),
     ],
 )
@@ -57,9 +60,9 @@ def test_context_splits_weights_too_and_stages_split_layers():
 @pytest.mark.parametrize(
     ("size", "n", "remedy"),
     [
-        (15, 2, "tensor=3 or 5 divides"),
+        (15, 2, "only tensor=1 divides"),
         (12, 8, "tensor=2 or 4 divides"),  # 8 devices: 6 and 12 are no mesh of theirs
-        (7, 2, "tensor=7 divides"),
+        (6, 4, "tensor=2 divides"),
         (1, 2, "only tensor=1 divides"),
     ],
 )
@@ -183,3 +186,13 @@ def test_optimiser_state_lies_with_its_parameter():
         assert all(isinstance(s, jax.sharding.NamedSharding) for s in leaves)
     adam = sharding.optimiser_shardings(optax.adam(1e-3), trainable, m)
     assert adam[0].mu["w"] == where
+
+
+def test_optimiser_state_of_fewer_layers_is_not_split_over_stages():
+    m = mesh(1, 2, 1, stage=2)
+    where = jax.sharding.NamedSharding(m, PartitionSpec("stage", "fsdp", None))
+    trainable = {"layers_0-3": {"w": jax.ShapeDtypeStruct((4, 8, 4), np.float32, sharding=where)}}
+    one = {"layers_0-3": {"w": jax.ShapeDtypeStruct((1, 8, 4), np.float32)}}
+    tx = optax.GradientTransformation(lambda params: one, lambda *a: a)
+    found = sharding.optimiser_shardings(tx, trainable, m)
+    assert found["layers_0-3"]["w"].spec == PartitionSpec(None, "fsdp", None)
