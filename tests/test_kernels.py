@@ -134,6 +134,13 @@ def test_a_kernel_that_cannot_run_is_refused_by_name(asked):
         kernels.kind(asked, CPU, 128, "bfloat16")
 
 
+def test_a_prefix_is_read_by_xla_alone():
+    assert kernels.kind("auto", TPU, 128, "bfloat16", past=True).why.startswith("a prefix stands in every layer's past")
+    with pytest.raises(UserError, match="train.attention=splash: a prefix stands"):
+        kernels.kind("splash", TPU, 128, "bfloat16", past=True)
+    assert kernels.kind("auto", CPU, 128, "bfloat16", past=True) == kernels.Kernel("xla")
+
+
 SHARDED = """
 import functools
 import jax, numpy as np

@@ -60,8 +60,9 @@ def imagined(c: Config, t: Topology, layers: int | None = None) -> Job:
     """
     from jaxtune.planning import subject, topology
 
-    here = t.platform != "tpu" or topology.has_compiler()
-    return subject.imagined(c, topology.devices(t) if here else topology.stand_ins(t), layers)
+    if t.platform != "tpu" or topology.has_compiler():
+        return subject.imagined(c, topology.devices(t), layers)
+    return subject.imagined(c, topology.stand_ins(t), layers, t)
 
 
 def report(

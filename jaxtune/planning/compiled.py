@@ -1,11 +1,14 @@
 """The step of a planned job, compiled for its topology, as numbers; they are kept on disk by what they depend on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,7 @@ def step(job: Job, t: Topology, cache: bool = True) -> Compiled:
         return known
     try:
         if t.platform == "tpu":
-            with quiet():
+            with quiet(), _not_kept_by_jax():
                 done = lowered.compile()
         else:
             done = lowered.compile()
@@ -92,6 +95,18 @@ def step(job: Job, t: Topology, cache: bool = True) -> Compiled:
     found = Compiled(peak, True, None, temporaries, r)
     _save(file, found)
     return found
+
+
+@contextlib.contextmanager
+def _not_kept_by_jax() -> Iterator[None]:
+    """JAX's own cache keeps nothing of what takes less than forever: what is for absent devices cannot be loaded."""
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
 
 
 def _refused(message: str) -> Compiled | None:

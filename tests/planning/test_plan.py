@@ -8,7 +8,7 @@ import jax
 import pytest
 import yaml
 
-from jaxtune import chips, config, log, steps
+from jaxtune import chips, config, log, planning, steps
 from jaxtune.cli import main
 from jaxtune.errors import UserError
 from jaxtune.layers import Rope
@@ -179,8 +179,49 @@ def test_a_search_gives_yaml_that_fits(no_libtpu) -> None:
     assert found.best.fits
     assert found.tried > 20
     pasted = yaml.safe_load(found.text().partition("fits:\n")[2].rpartition("\n  estimate")[0])
+    assert next(iter(search.settings(c, topology.parse("v5e-1")))) == c
     merged = config.load(None, c.model_dump(mode="json", exclude={"tuning"}), pasted or {})
     assert merged.train == found.best.config.train
+
+
+def test_a_search_tries_rows_and_keeps_to_what_can_be_had(no_libtpu, monkeypatch) -> None:
+    sections = {"train": {"batch_size": 6, "remat": "offload", "matmuls": "int8"}, "tuning": {"method": "lora"}}
+    c = config.load(None, {"model": "smollm2-135m", "data": {"max_length": 512}, **sections})
+    t = topology.parse("v5e-1")
+    tried = list(search.settings(c, t))
+    assert {x.train.batch_size for x in tried} == {3, 6, 12, 24}
+    assert {x.train.remat for x in tried} == {"none", "dots", "full", "offload"}
+    assert {x.tuning.base for x in tried} == {None}  # 8-bit products take weights as they are
+    assert len(tried) == len({str(x) for x in tried})
+    found = search.search(c, t, how="rule")
+    changed = "batch_size" in found.changes().get("train", {})
+    assert ("what is learned changes" in found.text()) == changed
+
+    def refuse(*given: object) -> None:
+        raise UserError("attention: not here")
+
+    whole = search.report
+    monkeypatch.setattr(search, "report", lambda *a: whole(*a) if a[2] == "rule" else refuse())
+    with pytest.raises(UserError, match="no setting that was tried is possible; attention: not here"):
+        search.search(c, t)
+
+
+def test_without_libtpu_the_kernel_is_still_the_tpus(tiny, no_libtpu) -> None:
+    t = topology.parse("v5e-1")
+    assert planning.imagined(make(tiny, attention="splash"), t).blueprint.decoder.attention == "splash"
+    prefix = {"model": str(tiny), "data": {"max_length": 32}, "tuning": {"method": "prefix"}}
+    assert planning.imagined(config.load(None, prefix), t).blueprint.decoder.attention == "xla"
+    with pytest.raises(UserError, match="train.attention=splash: a prefix stands in every layer's past"):
+        planning.imagined(config.load(None, prefix, {"train": {"attention": "splash"}}), t)
+
+
+def test_products_that_are_no_faster_are_named(tiny, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(log, "_WARNED", set())
+    monkeypatch.setattr(chips, "of", lambda kind: next(c for c in chips.CHIPS if c.name == "v6e"))
+    subject.imagined(make(tiny, matmuls="int8"), jax.devices()[:1])
+    assert "matmuls" not in capsys.readouterr().err
+    subject.imagined(make(tiny, matmuls="fp8"), jax.devices()[:1])
+    assert "train.matmuls=fp8: v6e multiplies it no faster than bfloat16" in capsys.readouterr().err
 
 
 def test_when_nothing_fits_it_says_by_how_much_and_what_to_change(no_libtpu) -> None:
