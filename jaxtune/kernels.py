@@ -212,9 +212,14 @@ def _splash_kernel(T: int, heads: int, window: int, block: int, parts: int, soft
     mask: Any = splash_attention_mask.CausalMask((T, T), shard_count=parts)
     if window < T:
         mask = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0, shard_count=parts)
+    keys = block  # fetched together; of long rows two blocks, which are multiplied one after the other
+    if block == max(_BLOCKS) and T % (2 * block) == 0 and window >= 2 * block:
+        keys = 2 * block
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-    )
+        block_q=block, block_kv=keys, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=keys,
+    )  # fmt: skip
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
