@@ -80,13 +80,12 @@ def sketch(
     remat: str = "none",
     param_dtype: str = "float32",
     groups: Sequence[int] | None = None,
-    attention: str = "xla",
 ) -> Sketch:
     """Shapes, dtypes and labels; neither files nor devices are looked at. Arguments as of `draw`."""
     method = make_method(decoder)
     one_group = abstract_weights(decoder)
     groups = tuple(groups or tuning.groups(method, one_group, decoder.layers))
-    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat, attention=attention)
+    decoder = dataclasses.replace(decoder, groups=groups, dtype=compute_dtype, remat=remat)
     plain = abstract_weights(decoder) if len(groups) > 1 else one_group
     wrapped = tuning.wrapped_shapes(method, plain)
     labels = tuning.label(method, wrapped)
@@ -141,14 +140,9 @@ def draw(
         decoder = dataclasses.replace(decoder, task=task, tied=tied)
     stored_vocab, vocab = decoder.vocab, max(decoder.vocab, vocab or 0)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=table_rows(vocab, multiple))
-    if attention != "xla":
-        device = mesh.devices.flat[0]
-        attention = kernels.kind(attention, device, decoder.head, compute_dtype, decoder.attention_softcap).name
-    decoder, method, plain, weights, labels = sketch(
-        decoder, make_method, compute_dtype, remat, param_dtype, groups, attention
-    )
-    if (stages := mesh.shape["stage"]) > 1:
-        pipeline.check(stages, decoder.layers, len(decoder.groups), decoder.experts)
+    laid = sketch(decoder, make_method, compute_dtype, remat, param_dtype, groups)
+    laid, where, places = lay_out(laid, mesh, attention, rules)
+    decoder, method, plain, weights, labels = laid
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
     stored = heads.renamed(stored, own, decoder.family, back=True)
     if decoder.task is not None:
@@ -159,9 +153,26 @@ def draw(
     if adapter is not None:
         stored = adapter.replace(stored, decoder.family, decoder.tied)
     tensors = load.match(stored, plain, decoder.family, decoder.tied, str(folder), stored_vocab)
-    where = sharding.shardings(weights, mesh, log.warn, rules)
-    places = sharding.shardings(plain, mesh, lambda _: None, rules)
     return Blueprint(folder, decoder, method, plain, weights, labels, where, places, tensors, mine, stored_vocab)
+
+
+def lay_out(
+    s: Sketch, mesh: jax.sharding.Mesh, attention: str, rules: sharding.Rules, device: Any = None
+) -> tuple[Sketch, Tree, Tree]:
+    """A sketch with its kernel of attention, and shardings of its weights and of its plain ones.
+
+    Arguments as of `draw`; `device` is what is compiled for, where that is not the mesh's.
+
+    Raises:
+      UserError: the kernel cannot run, or the layers cannot be stages.
+    """
+    d, device = s.decoder, mesh.devices.flat[0] if device is None else device
+    kernel = kernels.kind(attention, device, d.head, d.dtype, d.attention_softcap, s.method.past).name
+    if (stages := mesh.shape["stage"]) > 1:
+        pipeline.check(stages, d.layers, len(d.groups), d.experts)
+    where = sharding.shardings(s.weights, mesh, log.warn, rules)
+    places = sharding.shardings(s.plain, mesh, lambda _: None, rules)
+    return s._replace(decoder=dataclasses.replace(d, attention=kernel)), where, places
 
 
 def table_rows(vocab: int, multiple: int) -> int:

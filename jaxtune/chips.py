@@ -16,7 +16,7 @@ class Chip(NamedTuple):
     kind: str  # a regex on device_kind
     memory: int  # bytes of HBM
     bandwidth: float  # of HBM, bytes/s
-    flops: Mapping[str, float]  # operations/s by dtype: bfloat16, int8, fp8
+    flops: Mapping[str, float]  # operations/s by dtype: bfloat16, int8, fp8, float32
     link: float = 0.0  # one ICI link in one direction, or NVLink's share in one direction, bytes/s
     links: int = 0  # ICI links
     host: float = 0.0  # to the host's memory, bytes/s
@@ -29,6 +29,9 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
+_HOPPER = {"bfloat16": 989e12, "int8": 1979e12, "fp8": 1979e12, "float32": 67e12}
+_AMPERE = {"bfloat16": 312e12, "int8": 624e12, "float32": 19.5e12}
+_ADA = {"bfloat16": 121e12, "int8": 242e12, "fp8": 242e12, "float32": 30e12}
 CHIPS = (
     Chip("v4", r"TPU v4$", 32 * GIB, 1200e9, {"bfloat16": 275e12}, 45e9, 6, 15e9, whole_axis=4),
     Chip("v5e", r"TPU v5 ?(lite|e)$", 16 * GIB, 819e9, {"bfloat16": 197e12, "int8": 393e12}, 45e9, 4, 15e9,
@@ -38,13 +41,11 @@ CHIPS = (
          32e9, whole_axis=16),
     Chip("tpu7x", r"TPU ?(v?7x|v7)$", 96 * GIB, 3690e9, {"bfloat16": 1153e12, "fp8": 2307e12}, 90e9, 6, 32e9,
          whole_axis=4),
-    Chip("H200", r"NVIDIA H200", 141 * 10**9, 4.8e12, {"bfloat16": 989e12, "int8": 1979e12, "fp8": 1979e12}, 450e9, 1,
-         55e9),
-    Chip("H100", r"NVIDIA H100", 80 * 10**9, 3.35e12, {"bfloat16": 989e12, "int8": 1979e12, "fp8": 1979e12}, 450e9, 1,
-         55e9),
-    Chip("A100-80G", r"NVIDIA A100.*80GB", 80 * 10**9, 2.0e12, {"bfloat16": 312e12, "int8": 624e12}, 300e9, 1, 25e9),
-    Chip("A100", r"NVIDIA A100", 40 * 10**9, 1.55e12, {"bfloat16": 312e12, "int8": 624e12}, 300e9, 1, 25e9),
-    Chip("L4", r"NVIDIA L4$", 24 * 10**9, 300e9, {"bfloat16": 121e12, "int8": 242e12, "fp8": 242e12}, 25e9, 1, 25e9),
+    Chip("H200", r"NVIDIA H200", 141 * 10**9, 4.8e12, _HOPPER, 450e9, 1, 55e9),
+    Chip("H100", r"NVIDIA H100", 80 * 10**9, 3.35e12, _HOPPER, 450e9, 1, 55e9),
+    Chip("A100-80G", r"NVIDIA A100.*80GB", 80 * 10**9, 2.0e12, _AMPERE, 300e9, 1, 25e9),
+    Chip("A100", r"NVIDIA A100", 40 * 10**9, 1.55e12, _AMPERE, 300e9, 1, 25e9),
+    Chip("L4", r"NVIDIA L4$", 24 * 10**9, 300e9, _ADA, 25e9, 1, 25e9),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import blueprint, config, distributed, from_run, log, optim, sharding, tasks, tuning
+from jaxtune import blueprint, chips, config, distributed, from_run, log, optim, sharding, tasks, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
@@ -207,6 +207,9 @@ def assemble(
     c: Config, data: Prepared, words: Any, b: Blueprint, mesh: jax.sharding.Mesh, steps: int, rows: int | None = None
 ) -> Job:
     """A job from its parts: with the optimiser, and the abstract state in its places."""
+    chip, matmuls = chips.of(mesh.devices.flat[0].device_kind), c.train.matmuls
+    if chip is not None and matmuls != "same" and chip.rate(matmuls) <= chip.rate("bfloat16"):
+        log.warn(f"train.matmuls={matmuls}: {chip.name} multiplies it no faster than bfloat16")
     tx = optimiser(c, b.method, b.weights, b.labels, steps)
     trainable, frozen = tuning_method.split(b.abstract, b.labels)
     shapes = jax.eval_shape(tx.init, trainable)

@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
     why: str = ""
 
 
-def kind(asked: str, device: Any, head: int, dtype: str, softcap: float = 0.0) -> Kernel:
+def kind(asked: str, device: Any, head: int, dtype: str, softcap: float = 0.0, past: bool = False) -> Kernel:
     """The kernel for a kind of device: the one asked for, or with "auto" the fastest that runs.
 
     Args:
@@ -47,6 +47,7 @@ def kind(asked: str, device: Any, head: int, dtype: str, softcap: float = 0.0) -
       head: H, the size of a head.
       dtype: of queries, keys and values.
       softcap: the bound of scores; 0 is none.
+      past: whether a prefix stands before every text.
 
     Raises:
       UserError: the kernel asked for cannot run.
@@ -56,6 +57,8 @@ def kind(asked: str, device: Any, head: int, dtype: str, softcap: float = 0.0) -
         "splash": _splash_lacks(device),
         "cudnn": _cudnn_lacks(device, head, dtype, softcap),
     }
+    if past:
+        lacks |= dict.fromkeys(("splash", "cudnn"), "a prefix stands in every layer's past, which only xla reads")
     if asked != "auto":
         if lacks[asked]:
             raise UserError(f"train.attention={asked}: {lacks[asked]}; take auto or xla")
@@ -209,9 +212,14 @@ def _splash_kernel(T: int, heads: int, window: int, block: int, parts: int, soft
     mask: Any = splash_attention_mask.CausalMask((T, T), shard_count=parts)
     if window < T:
         mask = splash_attention_mask.LocalMask((T, T), (window - 1, 0), 0, shard_count=parts)
+    keys = block  # fetched together; of long rows two blocks, which are multiplied one after the other
+    if block == max(_BLOCKS) and T % (2 * block) == 0 and window >= 2 * block:
+        keys = 2 * block
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-    )
+        block_q=block, block_kv=keys, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=keys, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=keys,
+    )  # fmt: skip
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -250,7 +258,8 @@ def _cudnn(
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Array:
     """Segments and window are a mask of `[B, 1, T, S]`, which JAX hands to cuDNN as a bias of the queries' dtype: it
-    knows of no other way to tell segments apart."""
+    knows of no other way to tell segments apart. Memory so grows with T², though without a factor of heads: at 8,192
+    tokens a row's bias takes 128 MiB."""
     behind_TS = offset + jnp.arange(q_BTNH.shape[1])[:, None] - jnp.arange(k_BSKH.shape[1])
     seen_TS = (behind_TS >= 0) & (behind_TS < jnp.where(window, window, _ALL))
     mask_B1TS = (seen_TS & (segment_BT[:, :, None] == segment_BS[:, None]))[:, None]

@@ -71,7 +71,11 @@ def _pipeline(job: Job) -> list[tuple[str, str]]:
 def _attention(job: Job) -> str:
     """The kernel, and why where another is made for the device."""
     c, d = job.config.train, job.blueprint.decoder
-    name, why = kernels.kind(c.attention, job.mesh.devices.flat[0], d.head, c.compute_dtype, d.attention_softcap)
+    device, past = job.mesh.devices.flat[0], job.blueprint.method.past
+    name, why = kernels.kind(c.attention, device, d.head, c.compute_dtype, d.attention_softcap, past)
+    if name == "cudnn":
+        T = job.config.data.max_length
+        why = f"its mask takes {log.size(2 * T * T)} for each row of {T:,} tokens"
     return f"{name} ({why})" if why else name
 
 

@@ -16,6 +16,8 @@ from jaxtune.weights import owner, path_name
 HOST = "pinned_host"  # the kind of memory that optimiser state is offloaded to
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
+_GATHERED = ("fsdp", "context")  # axes over which a weight is split to save memory, and gathered where it multiplies
+_SMALL = 8 * 2**20  # bytes of a layer's adapter
 RULES: Rules = {  # logical axis of a weight -> the mesh axes that split it, the outer one first
     "layers": ("stage",),
     "embed": ("fsdp", "context"),
@@ -67,10 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             f"mesh: {over} {sizes[AXES.index(over)]} does not divide over {slices} slices; set mesh.{over}={slices} or "
             "a multiple, or another mesh.over_slices"
         )
-    if slices == 1 or rehearsed:
-        return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
     from jax.experimental import mesh_utils
 
+    if slices == 1 or rehearsed:
+        if devices[0].platform != "tpu":
+            return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=auto)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, AXES, axis_types=auto)
     outer = [slices if a == over else 1 for a in AXES]
     inner = [s // o for s, o in zip(sizes, outer, strict=True)]
     grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
@@ -148,14 +153,17 @@ def spec(
     """The mesh axes of one weight; those of size 1 are left out.
 
     Vectors are copied, of each stage's layers. So is a dimension that does not divide, and `whole` is told which, over
-    what, and what would divide.
+    what, and what would divide. An adapter's factor of less than 8 MiB a layer is not split over fsdp and context
+    either: to gather each of many small ones takes longer than to keep them.
     """
+    layers = w.value.shape[0] if w.stacked else 1
+    small = "rank" in w.names and w.value.size * w.value.dtype.itemsize < _SMALL * layers
     vector = len(w.names) - int(w.stacked) == 1
     out: list[Any] = []
     used: set[str] = set()
     for i, (size, name) in enumerate(zip(w.value.shape, w.names, strict=True)):
         mine = () if vector and not (w.stacked and i == 0) else table[str(name)]
-        axes = tuple(a for a in mine if mesh.shape[a] > 1 and a not in used)
+        axes = tuple(a for a in mine if mesh.shape[a] > 1 and a not in used and not (small and a in _GATHERED))
         while axes and size % (n := int(np.prod([mesh.shape[a] for a in axes]))):
             whole(f"{name} {size} over {' × '.join(axes)} {n}", _remedy(size, axes[-1], n, mesh))
             axes = axes[:-1]
@@ -165,10 +173,9 @@ def spec(
 
 
 def _remedy(size: int, axis: str, n: int, mesh: jax.sharding.Mesh) -> str:
-    """The sizes of a mesh axis, near to the one it has, that would divide a dimension now split in `n`."""
+    """The sizes of a mesh axis of these devices, near to its own, that would divide a dimension now split in `n`."""
     rest = n // mesh.shape[axis]
-    fit = [d for d in range(2, size // rest + 1) if size % (rest * d) == 0]
-    fit = [d for d in fit if mesh.size % d == 0] or fit
+    fit = [d for d in range(2, size // rest + 1) if size % (rest * d) == 0 and mesh.size % d == 0]
     fit = sorted(fit, key=lambda d: (abs(d - mesh.shape[axis]), d))[:2]
     return f"{axis}={' or '.join(map(str, sorted(fit)))} divides" if fit else f"only {axis}=1 divides"
 
@@ -213,7 +220,10 @@ def optimiser_shardings(
         layers = s.ndim == p.ndim and s.shape[1:] == p.shape[1:] and name.startswith("layers_")
         if not (s.shape == p.shape or layers):
             return replicated(mesh)
-        return p.sharding.with_memory_kind(HOST) if offload else p.sharding
+        where = p.sharding
+        if s.shape != p.shape:
+            where = NamedSharding(mesh, PartitionSpec(None, *where.spec[1:]))
+        return where.with_memory_kind(HOST) if offload else where
 
     return jax.tree_util.tree_map_with_path(one, jax.eval_shape(tx.init, trainable))
 

@@ -58,6 +58,7 @@ def inputs(B, T, N, K, H):
 CASES = {
     "packed": ((2, 200, 4, 2, 16), {}, 0),
     "window": ((2, 200, 4, 2, 16), {}, 50),
+    "long": ((1, 1020, 1, 1, 8), {}, 0),
     "capped": ((1, 130, 2, 2, 8), {"softcap": 5.0, "scale": 0.7}, 0),
 }
 
@@ -132,6 +133,13 @@ def test_auto_takes_the_fastest_that_runs(asked, device, head, dtype, softcap, n
 def test_a_kernel_that_cannot_run_is_refused_by_name(asked):
     with pytest.raises(UserError, match=f"train.attention={asked}: .* compiled for cpu; take auto or xla"):
         kernels.kind(asked, CPU, 128, "bfloat16")
+
+
+def test_a_prefix_is_read_by_xla_alone():
+    assert kernels.kind("auto", TPU, 128, "bfloat16", past=True).why.startswith("a prefix stands in every layer's past")
+    with pytest.raises(UserError, match="train.attention=splash: a prefix stands"):
+        kernels.kind("splash", TPU, 128, "bfloat16", past=True)
+    assert kernels.kind("auto", CPU, 128, "bfloat16", past=True) == kernels.Kernel("xla")
 
 
 SHARDED = """

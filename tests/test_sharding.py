@@ -10,6 +10,7 @@ from jaxtune import sharding
 from jaxtune.config import Mesh
 from jaxtune.errors import UserError
 from jaxtune.layers import Weight
+from jaxtune.planning import topology
 
 
 def mesh(data, fsdp, tensor, **others):
@@ -29,7 +30,10 @@ def weight(shape, names, n_in=1):
         (weight((3, 8, 4, 2), ("layers", "embed", "heads", "head")), PartitionSpec(None, "fsdp", "tensor", None)),
         (weight((3, 4, 2, 8), ("layers", "heads", "head", "embed"), 2), PartitionSpec(None, "tensor", None, "fsdp")),
         (weight((3, 8), ("layers", "embed"), 0), PartitionSpec()),
-        (weight((8, 4), ("embed", "rank")), PartitionSpec("fsdp", None)),
+        (weight((8, 4), ("embed", "rank")), PartitionSpec(None, None)),  # small
+        (weight((3, 4, 8, 2), ("layers", "rank", "heads", "head")), PartitionSpec(None, None, "tensor", None)),
+        (weight((2, 2**19, 8), ("layers", "embed", "rank")), PartitionSpec(None, "fsdp", None)),  # 16 MiB a layer
+        (weight((9, 2**17, 8), ("layers", "embed", "rank")), PartitionSpec(None, None, None)),
         (weight((6, 8), ("vocab", "embed")), PartitionSpec("tensor", "fsdp")),
     ],
 )
@@ -56,9 +60,9 @@ def test_context_splits_weights_too_and_stages_split_layers():
 @pytest.mark.parametrize(
     ("size", "n", "remedy"),
     [
-        (15, 2, "tensor=3 or 5 divides"),
+        (15, 2, "only tensor=1 divides"),
         (12, 8, "tensor=2 or 4 divides"),  # 8 devices: 6 and 12 are no mesh of theirs
-        (7, 2, "tensor=7 divides"),
+        (6, 4, "tensor=2 divides"),
         (1, 2, "only tensor=1 divides"),
     ],
 )
@@ -145,6 +149,16 @@ def test_slices_of_another_machine_are_rehearsed_on_a_cpu():
     assert dict(sharding.make_mesh(Mesh(slices=2), cpus).shape) == dict(sharding.make_mesh(Mesh(), slices(2, 4)).shape)
 
 
+@pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed")
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:4x4", "v5p:2x2x4"])
+def test_axes_of_tpus_are_split_where_a_strategy_wants_it(name):
+    devices = topology.devices(topology.parse(name))
+    m = sharding.make_mesh(Mesh(strategy="fsdp_tensor"), devices)
+    assert (m.shape["fsdp"], m.shape["tensor"]) == (len(devices) // 2, 2)
+    assert {d.id for d in m.devices.flat} == {d.id for d in devices}
+    assert sharding.make_mesh(Mesh(strategy="context"), devices).shape["context"] == len(devices)
+
+
 def test_meshes_that_do_not_fit_slices_are_refused():
     with pytest.raises(UserError, match=r"mesh.slices=3: the 8 devices are of 2; leave it out"):
         sharding.make_mesh(Mesh(slices=3), slices(2, 4))
@@ -172,3 +186,13 @@ def test_optimiser_state_lies_with_its_parameter():
         assert all(isinstance(s, jax.sharding.NamedSharding) for s in leaves)
     adam = sharding.optimiser_shardings(optax.adam(1e-3), trainable, m)
     assert adam[0].mu["w"] == where
+
+
+def test_optimiser_state_of_fewer_layers_is_not_split_over_stages():
+    m = mesh(1, 2, 1, stage=2)
+    where = jax.sharding.NamedSharding(m, PartitionSpec("stage", "fsdp", None))
+    trainable = {"layers_0-3": {"w": jax.ShapeDtypeStruct((4, 8, 4), np.float32, sharding=where)}}
+    one = {"layers_0-3": {"w": jax.ShapeDtypeStruct((1, 8, 4), np.float32)}}
+    tx = optax.GradientTransformation(lambda params: one, lambda *a: a)
+    found = sharding.optimiser_shardings(tx, trainable, m)
+    assert found["layers_0-3"]["w"].spec == PartitionSpec(None, "fsdp", None)

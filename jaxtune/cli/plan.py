@@ -34,7 +34,7 @@ def plan(
     prices = _prices(price or [])
     names = topology or ["v5e-8"]
     c = read_config(arguments)
-    _start(names)
+    _start(names, c.mesh.slices or 1)
     from jaxtune import planning
     from jaxtune.planning import topology as machines
     from jaxtune.planning.report import aligned, table
@@ -65,11 +65,11 @@ def _prices(given: list[str]) -> dict[str, float]:
         raise UserError(f"--price {' '.join(given)}: write a topology or chip and dollars, such as v5e=1.20") from e
 
 
-def _start(names: list[str]) -> None:
+def _start(names: list[str], slices: int) -> None:
     """Before JAX starts: only on this machine's CPU, with as many devices as machines without their compiler need."""
     from jaxtune.planning import topology
 
-    wanted = [topology.parse(n) for n in names]
+    wanted = [topology.parse(n, slices) for n in names]
     if any(t.platform == "gpu" for t in wanted):
         return
     import jax

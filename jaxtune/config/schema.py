@@ -179,8 +179,9 @@ class Train(Strict):
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """The kernel of attention: what is fastest where it runs, or the one named. splash is for TPUs, cudnn for GPUs."""
     matmuls: Literal["same", "int8", "fp8"] = "same"
-    """Matrix products with the layers' weights: in the compute dtype, or rounded to 8 bits, which newer chips multiply
-    twice as fast (needs the extra [quant])."""
+    """Matrix products with the layers' weights: in the compute dtype, or rounded to 8 bits (needs the extra [quant]).
+    The products alone are twice as fast, where the chip has units for them: int8 on TPU v5e, v5p and v6e and on GPUs
+    since A100, fp8 on TPU 7x, H100 and L4."""
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """In what gradients are added up over devices; where not given, as they are computed."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"

@@ -10,7 +10,9 @@ from typing import Literal
 
 from jaxtune import log
 from jaxtune.config import Config, load
+from jaxtune.errors import UserError
 from jaxtune.job import Job
+from jaxtune.planning.compiled import Compiled
 from jaxtune.planning.counting import flops_per_token
 from jaxtune.planning.report import Report
 from jaxtune.planning.topology import Topology
@@ -32,8 +34,9 @@ def plan(
     Args:
       c: the run, or its YAML file; its model may be a preset's name, and its data need not be there.
       topologies: names such as v5e-8, v6e:2x4, cpu:8, gpu.
-      how: "full" compiles the step; "fast" compiles the model with two and with three layers and goes on from there
-        (bytes moved may then be off by a fifth: small arrays stay on the chip); "rule" compiles nothing.
+      how: "full" compiles the step; "fast" compiles the model with a few layers and with some more of the same kinds,
+        and goes on from there (bytes moved may then be off by a fifth: small arrays stay on the chip), where all layers
+        train alike; "rule" compiles nothing.
       prices: dollars for a chip and hour, by topology or by chip.
       cache: take what was said of the very same step before.
 
@@ -57,8 +60,9 @@ def imagined(c: Config, t: Topology, layers: int | None = None) -> Job:
     """
     from jaxtune.planning import subject, topology
 
-    here = t.platform != "tpu" or topology.has_compiler()
-    return subject.imagined(c, topology.devices(t) if here else topology.stand_ins(t), layers)
+    if t.platform != "tpu" or topology.has_compiler():
+        return subject.imagined(c, topology.devices(t), layers)
+    return subject.imagined(c, topology.stand_ins(t), layers, t)
 
 
 def report(
@@ -70,32 +74,45 @@ def report(
     job: Job | None = None,
 ) -> Report:
     """The report for one machine; see `plan`. A `job` that differs in `train` alone may be given, and saves time."""
-    from jaxtune.planning import compiled, counting, estimate, rule, topology
+    from jaxtune.planning import compiled, counting, estimate, topology
 
     if t.platform == "tpu" and not topology.has_compiler():
         log.warn("libtpu is missing: state is exact, the rest by rule; pip install 'jaxtune[plan]' compiles the step")
         how = "rule"
+    price = topology.price(t, prices or {})
     job = imagined(c, t) if job is None else dataclasses.replace(job, config=c)
     if t.platform != "tpu":
         t = topology.here(t, list(job.mesh.devices.flat))
-    layers = job.blueprint.decoder.layers
-    if how == "rule":
-        done, said = rule.by_rule(job), "by rule, not compiled"
-    elif how == "fast" and layers > 3:
-        two, three = (compiled.step(imagined(c, t, n), t, cache) for n in (2, 3))
-        done = compiled.extrapolated(two, three, layers)
-        said = f"compiled with 2 and 3 of {layers} layers, and on from there"
-    else:
-        done, said = compiled.step(job, t, cache), f"compiled, all {layers} layers"
+    done, said = _step(c, t, how, job, cache)
     length = c.data.max_length
     count = counting.count(job, length)
-    tokens = c.train.batch_size * length
     times = None
-    if done.reading is not None:
-        kernel = done.reading.kernel_flops
-        if done.reading.kernels and not kernel:  # attention's, by rule: forward, again, and backward with its scores
-            again = 1 + (c.train.remat != "none")
-            kernel = count.attention / 3 * (again + 2.5) * tokens / t.devices
-        times = estimate.seconds(t, done.reading, kernel)
-    price = (prices or {}).get(t.name) or (prices or {}).get(t.chip.name if t.chip else "")
+    if (r := done.reading) is not None:
+        kernels = r.kernel_flops + r.scores * counting.seen_share(job.blueprint.decoder, length)
+        done = dataclasses.replace(done, reading=dataclasses.replace(r, kernel_flops=kernels, scores=0.0))
+        times = estimate.seconds(t, r, kernels, c.mesh.over_slices)
+    tokens = c.train.batch_size * length
     return Report(c, t, compiled.state(job), done, said, count, tokens, dict(job.mesh.shape), times, price)
+
+
+def _step(c: Config, t: Topology, how: How, job: Job, cache: bool) -> tuple[Compiled, str]:
+    """What a step takes, and how that is known."""
+    from jaxtune.planning import compiled, rule, subject
+
+    if how == "rule":
+        return rule.by_rule(job), "by rule, not compiled"
+    layers, why = job.blueprint.decoder.layers, ""
+    if how == "fast":
+        few = subject.few_layers(job)
+        why = ", because those that train and those that do not are several groups"
+        if few is not None and few[1] < layers:
+            try:
+                less, more = (compiled.step(imagined(c, t, n), t, cache) for n in few)
+            except UserError as e:
+                why = f", because a model of {few[0]} is refused: {e}"
+            else:
+                said = f"compiled with {few[0]} and {few[1]} of {layers} layers, and on from there"
+                return compiled.extrapolated(less, more, few, layers), said
+        elif few is not None:
+            why = ", which are few"
+    return compiled.step(job, t, cache), f"compiled, all {layers} layers{why}"

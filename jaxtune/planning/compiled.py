@@ -1,11 +1,14 @@
 """The step of a planned job, compiled for its topology, as numbers; they are kept on disk by what they depend on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from jaxtune.planning import reading
 from jaxtune.planning.reading import Collective, Reading
 from jaxtune.planning.topology import Topology, quiet
 
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ def step(job: Job, t: Topology, cache: bool = True) -> Compiled:
         return known
     try:
         if t.platform == "tpu":
-            with quiet():
+            with quiet(), _not_kept_by_jax():
                 done = lowered.compile()
         else:
             done = lowered.compile()
@@ -94,6 +97,18 @@ def step(job: Job, t: Topology, cache: bool = True) -> Compiled:
     return found
 
 
+@contextlib.contextmanager
+def _not_kept_by_jax() -> Iterator[None]:
+    """JAX's own cache keeps nothing of what takes less than forever: what is for absent devices cannot be loaded."""
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
+
+
 def _refused(message: str) -> Compiled | None:
     """What a compiler says that runs out of memory: "Used 17.5G of 15.75G hbm"."""
     m = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message)
@@ -103,15 +118,15 @@ def _refused(message: str) -> Compiled | None:
     return Compiled(float(m[1]) * unit[m[2]], False, float(m[3]) * unit[m[4]], 0.0, None)
 
 
-def extrapolated(two: Compiled, three: Compiled, layers: int) -> Compiled:
-    """A model of many layers from two that differ by a layer: each number grows by the same with each."""
+def extrapolated(less: Compiled, more: Compiled, few: tuple[int, int], layers: int) -> Compiled:
+    """A model of many layers from two with `few`: each number grows by the same with each layer."""
 
     def along(a: float, b: float) -> float:
-        return a + (layers - 2) * (b - a)
+        return a + (layers - few[0]) / (few[1] - few[0]) * (b - a)
 
-    if two.reading is None or three.reading is None:
-        return dataclasses.replace(three, from_layers=(2, 3))
-    a, b = two.reading, three.reading
+    if less.reading is None or more.reading is None:
+        return dataclasses.replace(more, from_layers=few)
+    a, b = less.reading, more.reading
     sums: list[dict[tuple, float]] = [{}, {}]  # of collectives that are alike
     for r, into in zip((a, b), sums, strict=True):
         for c in r.collectives:
@@ -127,12 +142,13 @@ def extrapolated(two: Compiled, three: Compiled, layers: int) -> Compiled:
         grown,
         {k: along(a.kernels.get(k, 0), b.kernels.get(k, 0)) for k in {**a.kernels, **b.kernels}},
         along(a.kernel_flops, b.kernel_flops),
+        along(a.scores, b.scores),
         along(a.saved, b.saved),
         along(a.offloaded, b.offloaded),
         b.unknown_loops,
     )
-    peak, temporaries = along(two.peak, three.peak), along(two.temporaries, three.temporaries)
-    return Compiled(peak, two.fits and three.fits, None, temporaries, r, (2, 3), two.cached and three.cached)
+    peak, temporaries = along(less.peak, more.peak), along(less.temporaries, more.temporaries)
+    return Compiled(peak, less.fits and more.fits, None, temporaries, r, few, less.cached and more.cached)
 
 
 # --- on disk --------------------------------------------------------------------------------------------------------

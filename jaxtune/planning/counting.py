@@ -72,6 +72,11 @@ def seen(length: int, window: int) -> float:
     return float(np.minimum(np.arange(1, length + 1), window or length).mean())
 
 
+def seen_share(d: DecoderConfig, length: int) -> float:
+    """The share of all keys of a row that a query sees, over queries and layers."""
+    return sum(seen(length, w) for w in d.windows or (0,)) / len(d.windows or (0,)) / length
+
+
 def _attention(d: DecoderConfig, length: int) -> list[float]:
     """Forward operations of each layer's attention, for one token."""
     windows = d.windows or (0,)

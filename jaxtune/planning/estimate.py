@@ -5,6 +5,7 @@ programs reach. A step takes as long as the slowest of them, where they overlap 
 """
 
 import math
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -40,8 +41,12 @@ class Seconds(NamedTuple):
 
 
 def usable(chip: Chip | None) -> float | None:
-    """Bytes of memory that a program may take; None where the chip is not known."""
-    return None if chip is None else _USABLE.get(chip.name, chip.memory / chips.GIB) * chips.GIB
+    """Bytes of memory that a program may take, of a GPU what JAX reserves; None where the chip is not known."""
+    if chip is None:
+        return None
+    if not chip.whole_axis:
+        return chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    return _USABLE.get(chip.name, chip.memory / chips.GIB) * chips.GIB
 
 
 def reached(chip: Chip) -> float:
@@ -49,32 +54,35 @@ def reached(chip: Chip) -> float:
     return _ARITHMETIC.get(chip.name, REACHED["arithmetic"])
 
 
-def seconds(t: Topology, r: Reading, kernel_flops: float) -> Seconds | None:
+def seconds(t: Topology, r: Reading, kernel_flops: float, over_slices: str = "data") -> Seconds | None:
     """Of a step as it was compiled; None where the chip is not known. `kernel_flops` are of hand-written kernels."""
     if t.chip is None:
         return None
     work = sum(n / _rate(t.chip, dtype) for dtype, n in r.flops.items()) + kernel_flops / t.chip.rate("bfloat16")
-    wire = sum(c.sent / bandwidth(t, c) for c in r.collectives)
+    wire = sum(c.sent / bandwidth(t, c, over_slices) for c in r.collectives)
     return Seconds(work / reached(t.chip), r.moved / t.chip.bandwidth / REACHED["memory"], wire / REACHED["network"])
 
 
 def _rate(chip: Chip, dtype: str) -> float:
-    if dtype == "f32":  # six products of bfloat16 parts
-        return chip.rate("bfloat16") / 6
+    if dtype == "f32":  # on TPUs six products of bfloat16 parts
+        return chip.flops.get("float32", chip.rate("bfloat16") / 6)
     return chip.rate("fp8" if dtype.startswith("f8") else _DTYPES.get(dtype, "bfloat16"))
 
 
-def bandwidth(t: Topology, c: Collective, slices_axis: str = "data") -> float:
+def bandwidth(t: Topology, c: Collective, over_slices: str = "data") -> float:
     """Bytes per second that a chip sends in a collective.
 
     A collective over some of the devices has a share of the physical axes, at least one, and both directions of those
-    that close into a ring.
+    that close into a ring. One that permutes sends each chip's part to one other, over one link. What goes along the
+    axis `over_slices` leaves the slice.
     """
     assert t.chip is not None
-    if t.slices > 1 and slices_axis in c.axes:
+    if t.slices > 1 and over_slices in c.axes:
         return t.chip.network / 4  # hosts have four chips, or more
     if t.platform != "tpu":
         return max(t.chip.link, 1.0)
+    if c.kind == "collective-permute":
+        return t.chip.link
     axes = [n for n in t.shape if n > 1] or [1]
     share = math.log(max(c.size, 2)) / math.log(max(t.devices, 2))
     took = sorted(axes, reverse=True)[: max(1, round(len(axes) * share))]

@@ -13,6 +13,7 @@ import numpy as np
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "f4e2m1fn": 4, "bf16": 16, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
+_END = re.compile(r"}(, execution_thread=.*)?")  # of a computation
 VMEM, HOST = "S(1)", "S(5)"  # memory spaces in layouts of TPU
 
 
@@ -111,16 +112,29 @@ def read(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = ""
     here: Computation | None = None
-    for line in text.splitlines():
+    for line in _lines(text):
         if line.endswith("{") and ("(" in line or line.startswith("ENTRY")) and not line.startswith(" "):
             name = line.removeprefix("ENTRY ").split("(")[0].split()[0].strip().lstrip("%")
             here = computations[name] = {}
             entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif _END.fullmatch(line):
             here = None
         elif here is not None and (found := _instruction(line)) is not None:
             here[found.name] = found
     return Module(computations, entry)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text, each instruction in one: attributes of TPUs' kernels go over several."""
+    held, within = "", False
+    for line in text.splitlines():
+        if within and line and not line.startswith(" ") and not _END.fullmatch(line):
+            held += line
+            continue
+        yield held
+        within = (within or line.endswith("{")) and not _END.fullmatch(line)
+        held = line
+    yield held
 
 
 def _instruction(line: str) -> Instruction | None:

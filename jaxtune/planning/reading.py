@@ -12,6 +12,7 @@ from jaxtune.planning.hlo import Instruction, Module
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _STACKED = re.compile(r"jvp\(\w+\)/while/body/([^/]*/)?dynamic_update_slice$")  # what a scan gives for each round
+_SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}  # products of queries' and keys' size each
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "iota"}
 
 
@@ -43,6 +44,7 @@ class Reading:
     collectives: list[Collective]
     kernels: Mapping[str, float]  # hand-written kernels by name: how often they run
     kernel_flops: float  # as they say
+    scores: float  # operations of attention's kernels, which say nothing, if every query saw every key
     saved: float  # bytes that the layers' forward pass keeps for the backward pass
     offloaded: float  # of them in the host's memory
     unknown_loops: list[str]  # which are counted once
@@ -64,7 +66,7 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
     sent: dict[tuple, Collective] = {}
     saved: dict[tuple[str, str], hlo.Shape] = {}
     unknown: list[str] = []
-    moved = kernel_flops = offloaded = 0.0
+    moved = kernel_flops = scores = offloaded = 0.0
     for computation, i, times in hlo.walk(module):
         if times < 0:
             unknown.append(i.op_name or i.name)
@@ -76,8 +78,10 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
                 flops[dtype] += times * n
             elif inner.opcode == "custom-call":
                 if found := re.search(r'custom_call_target="(tpu_custom_call|mosaic\w*|__gpu\$\w+)"', inner.rest):
-                    kernels[_kernel_name(inner) or found[1]] += times
-                    if cost := re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', inner.rest):
+                    kernels[name := _kernel_name(inner) or found[1]] += times
+                    if (products := next((n for k, n in _SPLASH.items() if name.startswith(k)), 0)) > 0:
+                        scores += times * products * _scores(module, place, inner)
+                    elif cost := re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', inner.rest):
                         kernel_flops += times * int(cost[1])
                 elif "__cublas$" in inner.rest:
                     flops[inner.shapes[0].dtype] += times * _cublas(module, place, inner)
@@ -92,7 +96,7 @@ def read(text: str, mesh: Mapping[str, int]) -> Reading:
         offloaded += shape.bytes if hlo.HOST in shape.layout else 0
     kept = sum(s.bytes for s in saved.values())
     joined = [c for c in sent.values() if c.size > 1]
-    return Reading(dict(flops), moved, joined, dict(kernels), kernel_flops, kept, offloaded, unknown)
+    return Reading(dict(flops), moved, joined, dict(kernels), kernel_flops, scores, kept, offloaded, unknown)
 
 
 def _with_fused(module: Module, computation: str, i: Instruction) -> Iterator[tuple[str, Instruction]]:
@@ -158,6 +162,12 @@ def _cublas(module: Module, place: str, i: Instruction) -> float:
     return 2.0 * i.shapes[0].size * float(np.prod([left.dims[int(n)] for n in found]))
 
 
+def _scores(module: Module, place: str, i: Instruction) -> float:
+    """Operations of one product in an attention kernel, of queries `[B, N, T, H]` and keys `[B, K, S, H]`."""
+    q, k = [s for o in i.operands for s in module.shape(place, o) if len(s.dims) == 4][:2]
+    return 2.0 * q.size * k.dims[2]
+
+
 def _kernel_name(i: Instruction) -> str | None:
     found = re.search(r'kernel_name[\\"=: ]+([\w.]+)', i.rest) or re.search(
         r"/([\w.]*(?:mha|attention|flash)[\w.]*)", i.op_name
@@ -194,6 +204,9 @@ def _traffic(module: Module, computation: str, i: Instruction) -> float:
     """Bytes to and from HBM of one instruction that runs on its own."""
     if i.opcode in _FREE or i.opcode.endswith("-done") or _kind(computation, i) is not None:
         return 0.0
+    if i.opcode in ("copy-start", "slice-start"):  # (result, operand, context) and ((operand), result, context)
+        part = i.shapes[i.opcode == "slice-start"].bytes
+        return part * sum(s.in_hbm for s in i.shapes[:2])
     read = 0.0
     for n, operand in enumerate(i.operands):
         whole = sum(s.bytes for s in module.shape(computation, operand) if s.in_hbm)

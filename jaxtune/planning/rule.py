@@ -63,7 +63,7 @@ def by_rule(job: Job) -> Compiled:
     if split > 1:
         whole = here * d.embed * 2.0
         sent.append(Collective("all-reduce", ("tensor",), split, whole, (4 + 2 * again) * d.layers * A, "activations"))
-    r = Reading({"bf16": work}, moved, sent, {}, 0.0, kept, offloaded, [])
+    r = Reading({"bf16": work}, moved, sent, {}, 0.0, 0.0, kept, offloaded, [])
     return Compiled(s.total + temporaries, True, None, temporaries, r)
 
 

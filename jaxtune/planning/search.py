@@ -1,10 +1,12 @@
 """The fastest setting that fits: many are estimated by rule, the promising few are compiled.
 
-What is learned stays as it is asked for: rows of a step, their length, what trains. Tried are how rows go in
-micro-batches, what remat keeps, how the mesh is split, and a base in 4 or 8 bits where adapters allow one.
+Tried are how rows go in micro-batches, what remat keeps, how the mesh is split, a base in 4 or 8 bits where adapters
+allow one, and half, twice and four times the rows of a step. The last alone changes what is learned, so it is said, and
+taken only where a token costs less by some per cent. Length and what trains stay as they are asked for.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from jaxtune.planning import How, imagined, report
 from jaxtune.planning.report import Report, aligned, table
 from jaxtune.planning.topology import Topology
 
+_REMAT = ("none", "dots", "full")
 _SLACK = 1.25  # a rule may be wrong by so much before what it refuses is not compiled
 
 
@@ -65,6 +68,8 @@ class Found:
         out.append("the fastest that fits:" if self.changes() else "the fastest that fits is as given")
         if self.changes():
             out.append(configs.dump_tree(self.changes()).rstrip())
+        if "batch_size" in self.changes().get("train", {}):
+            out.append("  train.batch_size is not as given: what is learned changes, and the learning rate may have to")
         return "\n".join([*out, *(f"  {name}: {value}" for name, value in self.best.lines() if name == "estimate")])
 
 
@@ -95,55 +100,68 @@ def search(
             refused = str(e)
     if not guesses:
         raise UserError(f"topology {t.name}: no setting is possible; {refused}")
-    guesses.sort(key=_slowness)
+
+    def slowness(r: Report) -> tuple[float, bool, float]:
+        """The estimated time of a token; of settings alike in it those with the rows asked for, then those that take
+        less where nothing overlaps."""
+        assert r.times is not None  # the chip is known
+        each = r.times.overlapped / r.tokens
+        return float(f"{each:.1e}"), r.config.train.batch_size != c.train.batch_size, r.times.one_by_one / r.tokens
+
+    guesses.sort(key=slowness)
     limit = max(r.limit or 0.0 for r in guesses)
     likely = [r for r in guesses if r.compiled.peak <= limit * _SLACK]
     least = min(guesses, key=lambda r: r.compiled.peak)
     done: list[Report] = []
+
+    def attempt(guess: Report) -> None:
+        nonlocal refused
+        try:
+            done.append(guess if how == "rule" else report(guess.config, t, how, prices, cache))
+        except UserError as e:
+            refused = str(e)
+
     for guess in (likely or [least])[:tries]:
-        got = guess if how == "rule" else report(guess.config, t, how, prices, cache)
-        done.append(got)
+        attempt(guess)
         if sum(bool(r.fits) for r in done) == 2:
             break
     if not any(r.fits for r in done) and least not in likely[:tries] and likely and how != "rule":
-        done.append(report(least.config, t, how, prices, cache))
+        attempt(least)
+    if not done:
+        raise UserError(f"topology {t.name}: no setting that was tried is possible; {refused}")
     fitting = [r for r in done if r.fits]
-    best = min(fitting, key=_slowness) if fitting else None
+    best = min(fitting, key=slowness) if fitting else None
     return Found(t, c, best, len(guesses), done, least)
 
 
-def _slowness(r: Report) -> tuple[float, float]:
-    """The estimated time, and of settings that are alike in it, that without overlapping."""
-    assert r.times is not None  # the chip is known
-    return round(r.times.overlapped, 3), r.times.one_by_one
-
-
 def settings(c: Config, t: Topology) -> Iterator[Config]:
-    """Configs that differ in how they are computed."""
+    """Configs that differ in how they are computed and in their rows, after the one that is given."""
+    yield c
     bases: list[Any] = [c.tuning]
-    if isinstance(c.tuning, Adapter) and c.tuning.base is None:
-        bases += [c.tuning.model_copy(update={"base": base}) for base in ("int8", "nf4")]
-    elif isinstance(c.tuning, Adapter) and c.tuning.base == "nf4":
-        bases.append(c.tuning.model_copy(update={"base": "int8"}))
+    if isinstance(c.tuning, Adapter) and c.train.matmuls == "same":
+        others = {None: ("int8", "nf4"), "nf4": ("int8",)}.get(c.tuning.base, ())
+        bases += [c.tuning.model_copy(update={"base": base}) for base in others]
     meshes = [c.mesh]
     for strategy in ("fsdp", "fsdp_tensor", "context"):
         own = Mesh(strategy=strategy, slices=c.mesh.slices, over_slices=c.mesh.over_slices, rules=c.mesh.rules)
         if own.sizes != c.mesh.sizes and (t.devices > 1):
             meshes.append(own)
-    for mesh in meshes:
-        for accumulation in _accumulations(c, mesh, t):
-            for remat in ("none", "dots", "full"):
-                for tuning in bases:
-                    train = c.train.model_copy(update={"accumulation": accumulation, "remat": remat})
-                    yield c.model_copy(update={"train": train, "mesh": mesh, "tuning": tuning})
+    B = c.train.batch_size
+    for mesh, rows in itertools.product(meshes, [B, *([B // 2] if B % 2 == 0 else []), 2 * B, 4 * B]):
+        ways = _accumulations(c, rows, mesh, t)
+        for accumulation, remat, tuning in itertools.product(ways, sorted({*_REMAT, c.train.remat}), bases):
+            more = {"batch_size": rows, "accumulation": accumulation, "remat": remat}
+            train = c.train.model_copy(update=more)
+            if (new := c.model_copy(update={"train": train, "mesh": mesh, "tuning": tuning})) != c:
+                yield new
 
 
-def _accumulations(c: Config, mesh: Mesh, t: Topology) -> list[int]:
+def _accumulations(c: Config, rows: int, mesh: Mesh, t: Topology) -> list[int]:
     """Ways to cut a batch with at least a row for each part of the mesh."""
     split = 1
     for axis in ("tensor", "context", "stage"):
         n = mesh.sizes[axis]
         split *= t.devices if n == -1 else n
     shards = max(t.devices // max(split, 1), 1)
-    B = c.train.batch_size
-    return [a for a in (1, 2, 4, 8, 16, 32) if B % a == 0 and B // a >= shards] or [c.train.accumulation]
+    found = [a for a in (1, 2, 4, 8, 16, 32) if rows % a == 0 and rows // a >= shards]
+    return found or ([c.train.accumulation] if rows == c.train.batch_size else [])

@@ -6,13 +6,14 @@ table are not known here and not counted.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, job, kernels, log, sharding
+from jaxtune import blueprint, config, job, sharding
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data.batches import Rows
@@ -20,7 +21,7 @@ from jaxtune.data.encode import Encoded
 from jaxtune.data.pipeline import Prepared
 from jaxtune.errors import UserError, nearest
 from jaxtune.job import Job
-from jaxtune.models import families, pipeline
+from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
@@ -56,13 +57,14 @@ def model_config(name: str) -> dict[str, Any]:
         ) from e
 
 
-def imagined(c: Config, devices: Any, layers: int | None = None) -> Job:
+def imagined(c: Config, devices: Any, layers: int | None = None, device: Any = None) -> Job:
     """The job of a config on these devices, of a model with so many layers, or with its own where none are given.
 
     Args:
       c: the config.
       devices: of a topology, or of this machine; as `sharding.make_mesh` takes them.
       layers: how many of the model's layers there are to be.
+      device: what attention's kernel is chosen for, where that is not among `devices`; its `platform` is enough.
 
     Raises:
       UserError: something of the config does not fit.
@@ -73,10 +75,24 @@ def imagined(c: Config, devices: Any, layers: int | None = None) -> Job:
         decoder = shortened(decoder, layers)
     mesh = sharding.make_mesh(c.mesh, devices)
     sharding.check_length(mesh, c.data.max_length)
-    drawn, tail = _blueprint(c, decoder, mesh)
+    drawn, tail = _blueprint(c, decoder, mesh, device)
     example = Encoded(np.zeros(c.data.max_length, np.int32), np.ones(c.data.max_length, bool), tail)
     rows = Rows([example], ["planned"], [[0]], c.data.max_length)
     return job.assemble(c, Prepared(rows, None, None, []), None, drawn, mesh, c.train.steps or STEPS)
+
+
+def few_layers(job: Job) -> tuple[int, int] | None:
+    """Two numbers of layers, from which one can go on to all: whole periods of the kinds of layers, at least two layers
+    to each stage, so that their loop stays one. None where the layers do not all train alike."""
+    d = job.blueprint.decoder
+    if len(d.groups) > 1:
+        return None
+    kinds = list(zip(d.windows or (0,) * d.layers, d.rope_of or (0,) * d.layers, strict=True))
+    period = next(p for p in range(1, d.layers + 1) if kinds[p:] == kinds[: d.layers - p])
+    stages = job.mesh.shape["stage"]
+    step = math.lcm(period, stages)
+    least = step if step >= 2 * stages else 2 * step
+    return least, least + step
 
 
 def shortened(decoder: DecoderConfig, layers: int) -> DecoderConfig:
@@ -86,7 +102,9 @@ def shortened(decoder: DecoderConfig, layers: int) -> DecoderConfig:
     )
 
 
-def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tuple[Blueprint, dict[str, np.ndarray]]:
+def _blueprint(
+    c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh, device: Any
+) -> tuple[Blueprint, dict[str, np.ndarray]]:
     """The blueprint, and the columns that its objective wants beside those of text."""
     columns: dict[str, np.ndarray] = {}
     if c.objective in CLASSES:
@@ -99,10 +117,6 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
     vocab = stored + len(c.vocabulary.add) + len(c.vocabulary.special)
     decoder = dataclasses.replace(decoder, vocab=vocab, vocab_rows=blueprint.table_rows(vocab, c.vocabulary.multiple))
     read = job.going_on(c.tuning) if isinstance(c.tuning, config.Lora) else None
-    attention: str = c.train.attention
-    if attention != "xla":
-        device = mesh.devices.flat[0]
-        attention = kernels.kind(attention, device, decoder.head, c.train.compute_dtype, decoder.attention_softcap).name
     training = tuning_method.Training(c.train.steps or STEPS, c.optim, c.train)
     s = blueprint.sketch(
         decoder,
@@ -110,13 +124,8 @@ def _blueprint(c: Config, decoder: DecoderConfig, mesh: jax.sharding.Mesh) -> tu
         c.train.compute_dtype,
         c.train.remat,
         c.train.param_dtype,
-        attention=attention,
     )
-    if (stages := mesh.shape["stage"]) > 1:
-        pipeline.check(stages, decoder.layers, len(s.decoder.groups), decoder.experts)
-    table = sharding.rules(c.mesh)
-    where = sharding.shardings(s.weights, mesh, log.warn, table)
-    places = sharding.shardings(s.plain, mesh, lambda _: None, table)
+    s, where, places = blueprint.lay_out(s, mesh, c.train.attention, sharding.rules(c.mesh), device)
     b = Blueprint(Path(c.model), s.decoder, s.method, s.plain, s.weights, s.labels, where, places, {}, {}, stored)
     return b, columns
 

@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune import chips
@@ -71,6 +71,24 @@ def parse(name: str, slices: int = 1) -> Topology:
         shape = m[3]
     sizes = tuple(int(n) for n in shape.split("x"))
     return Topology(f"{kind}:{shape}", "tpu", chip, sizes, 2 if kind == "tpu7x" else 1, slices)
+
+
+def price(t: Topology, prices: Mapping[str, float]) -> float | None:
+    """Of a chip and hour, by the machine's name in any of its forms or the chip's; None where there is none.
+
+    >>> price(parse("v5e:2x2"), {"v5e-4": 1.2, "v6e": 2.7})
+    1.2
+
+    Raises:
+      UserError: a price is of no machine and of no chip.
+    """
+    chip, machine = None, None
+    for name, value in prices.items():
+        if any(name.lower() == c.name.lower() for c in chips.CHIPS):
+            chip = value if t.chip is not None and name.lower() == t.chip.name.lower() else chip
+        elif parse(name).name == t.name:
+            machine = value
+    return chip if machine is None else machine
 
 
 def has_compiler() -> bool:

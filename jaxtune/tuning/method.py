@@ -48,6 +48,7 @@ class Method(NamedTuple):
     # optimiser's core, before decay and learning rate; also gets the abstract `Weight`s of what trains
     penalty: Callable[[Tree], Array] | None = None  # of the weights, added to the mean loss
     virtual: int = 0  # virtual tokens before every text, see `Blueprint.virtual_ids`
+    past: bool = False  # whether keys and values of its own stand before every text, in each layer
     choice: Callable[[Tree], Mapping[str, Array]] | None = None  # of the optimiser's state: what trains now, by weight
 
 

@@ -27,4 +27,4 @@ def method(tuning: PrefixConfig, decoder: DecoderConfig, training: Training) -> 
         )
 
     rules = [(rf"^{TABLE}/[kv]_LKVH$", TRAIN), ("", FROZEN)]
-    return Method(wrap, rules, base=None if tuning.base is None else (tuning.base, tuning.group))
+    return Method(wrap, rules, base=None if tuning.base is None else (tuning.base, tuning.group), past=True)

@@ -51,6 +51,46 @@ def test_a_loop_without_a_written_count_goes_round_as_its_counter_says() -> None
     assert gather.sent == 3 * (4 * 4 * 4 * 4) * 3 / 4
 
 
+KERNEL = """HloModule m, is_scheduled=true
+
+ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,256,64], w: bf16[64,64]) -> bf16[2,4,256,64] {
+  %q = bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[2,2,256,64]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %w = bf16[8,64,64]{2,1,0:T(8,128)(2,1)} parameter(2)
+  %m = s8[1,2,2]{2,1,0:T(4,128)(4,1)S(1)} constant({...})
+  %splash_mha_fwd.1 = (f32[2,256,128]{2,1,0}, bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)}) custom-call(%m, %q, %k, %k), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(step)/while/body/jit(_splash_attention)/splash_mha_fwd/pallas_call" stack_frame_id=4}
+  %o = bf16[2,4,256,64]{3,2,1,0:T(8,128)(2,1)} get-tuple-element(%splash_mha_fwd.1), index=1, \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}
+  %copy-start.1 = (bf16[2,2,256,64]{3,2,1,0:S(1)}, bf16[2,2,256,64]{3,2,1,0}, u32[]{:S(2)}) copy-start(%k)
+  %copy-done.1 = bf16[2,2,256,64]{3,2,1,0:S(1)} copy-done(%copy-start.1)
+  %slice-start.1 = ((bf16[8,64,64]{2,1,0}), bf16[1,64,64]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1]}
+  %slice-done.1 = bf16[1,64,64]{2,1,0:S(1)} slice-done(%slice-start.1)
+  ROOT %r = bf16[2,4,256,64]{3,2,1,0} fusion(%o, %slice-done.1), kind=kOutput, calls=%product
+}, execution_thread="main"
+
+%product (a: bf16[2,4,256,64], b: bf16[1,64,64]) -> bf16[2,4,256,64] {
+  %a = bf16[2,4,256,64]{3,2,1,0} parameter(0)
+  %b = bf16[1,64,64]{2,1,0:S(1)} parameter(1)
+  ROOT %d = bf16[2,4,256,64]{3,2,1,0} dot(%a, %b), lhs_contracting_dims={3}, rhs_contracting_dims={1}
+}
+"""
+
+
+def test_what_stands_after_a_kernel_of_several_lines_is_read() -> None:
+    r = reading.read(KERNEL, {"data": 1})
+    q, k = 2 * 4 * 256 * 64, 2 * 2 * 256 * 64
+    assert dict(r.kernels) == {"splash_mha_fwd": 1}
+    assert r.scores == 2 * 2 * q * 256  # scores, and their products with values
+    assert r.flops == {"bf16": 2 * q * 64}
+    kernel = 2 * q + 2 * 2 * k + 2 * q + 4 * 2 * 256 * 128
+    assert r.moved == kernel + 2 * k + 2 * 64 * 64 + 2 * 2 * q  # of what is fetched ahead only the source is in HBM
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
