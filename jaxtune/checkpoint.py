@@ -179,6 +179,10 @@ class Checkpoints:
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
+    def done(self, within: float) -> bool:
+        """Whether what is being saved is done, or will be within so many seconds."""
+        return self._behind is None or not futures.wait([self._behind], within).not_done
+
     @property
     def busy(self) -> bool:
         """Whether a save is still going on behind."""

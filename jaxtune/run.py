@@ -189,7 +189,7 @@ def _loop(
         if n < job.steps:  # the last one is waited for, see below
             with clock.on("checkpoint"):
                 saver.save(n, lambda: save(n, state))
-        runlog.write(n, {}, clock.seconds())
+            runlog.write(n, {}, clock.seconds())
 
     def waited() -> Iterator[Batch]:
         while True:

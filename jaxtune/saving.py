@@ -9,6 +9,7 @@ from jaxtune.errors import UserError
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds between tries of the last save
 _FIRST, _LONGEST = 30.0, 960.0  # seconds until a save that failed is tried again; each failure doubles them
+_PATIENCE = 10.0  # seconds that a save waits for the one before
 
 Save = Callable[[], None]
 
@@ -34,8 +35,9 @@ class Saver:
         return self.failures > 0 and time.monotonic() >= self._next_try
 
     def save(self, n: int, save: Save) -> None:
-        """Begin to save step `n`. Where the save before is still going on, it is put off until that is done."""
-        self._left_out = self.checkpoints.busy and distributed.count() == 1
+        """Begin to save step `n`. Where the save before is still going on after a while, it is put off until that is
+        done."""
+        self._left_out = distributed.count() == 1 and not self.checkpoints.done(_PATIENCE)
         if self._left_out:
             return log.warn(
                 f"step {n}: the save before is still being written, so this one is put off until it is done"

@@ -227,7 +227,7 @@ def test_schema_and_recipes(tmp_path, capsys):
         (["model=MODEL", "data.train=DATA", "data.max_length=8"], "raise it"),
         (
             ["model=MODEL", "data.train=DATA", "mesh.fsdp=3"],
-            "mesh: data 1 × fsdp 3 × expert 1 × tensor 1 is not the 1 devices",
+            "× fsdp 3 × expert 1 × context 1 × tensor 1 is not the 1 devices",
         ),
         (["model=EMPTY", "data.train=DATA"], "has no config.json"),
         (["model=MODEL", "data.train=DATA", "output=DATA/r", *QUICK], "look at the path and its rights"),
