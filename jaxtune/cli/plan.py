@@ -22,7 +22,7 @@ def plan(
     ] = False,
     price: Annotated[list[str] | None, typer.Option(help="Dollars for a chip and hour: v5e=1.20.")] = None,
     how: Annotated[
-        str, typer.Option(help="full compiles the step; fast, two and three layers of it; rule, nothing.")
+        str, typer.Option(help="full compiles the step; fast, a few layers of it; rule, nothing.")
     ] = "full",
     tries: Annotated[int, typer.Option(min=1, help="Steps that a search compiles at most.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
