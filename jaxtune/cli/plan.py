@@ -21,9 +21,7 @@ def plan(
         bool, typer.Option("--search", help="Try batch, remat, strategy, accumulation and base; print the fastest.")
     ] = False,
     price: Annotated[list[str] | None, typer.Option(help="Dollars for a chip and hour: v5e=1.20.")] = None,
-    how: Annotated[
-        str, typer.Option(help="full compiles the step; fast, a few layers of it; rule, nothing.")
-    ] = "full",
+    how: Annotated[str, typer.Option(help="full compiles the step; fast, a few layers of it; rule, nothing.")] = "full",
     tries: Annotated[int, typer.Option(min=1, help="Steps that a search compiles at most.")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     cache: Annotated[bool, typer.Option(help="Take what an earlier plan said of the same step.")] = True,

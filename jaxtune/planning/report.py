@@ -127,13 +127,13 @@ class Report:
             out.append(("  beside", f"activations {log.size(r.saved - r.offloaded)} kept for the backward pass{host}; "
                                     f"temporaries {log.size(self._rest)}"))  # fmt: skip
         n = self.count
-        out.append(("FLOPs a token", f"{n.total / 1e9:.2f} G useful: forward {n.forward / 1e9:.2f}, gradients of "
-                                     f"inputs {n.inputs / 1e9:.2f}, of weights {n.weights / 1e9:.2f}, attention "
-                                     f"{n.attention / 1e9:.2f}"))  # fmt: skip
+        out.append(("FLOPs a token", f"{_giga(n.total)} G useful: forward {_giga(n.forward)}, gradients of "
+                                     f"inputs {_giga(n.inputs)}, of weights {_giga(n.weights)}, attention "
+                                     f"{_giga(n.attention)}"))  # fmt: skip
         if r is not None:
             done = sum(r.flops.values()) + r.kernel_flops
-            share = done * self.topology.devices / self.tokens / 1e9
-            out.append(("  computed", f"{share:.2f} G in matrix products, with what is computed again"))
+            share = done * self.topology.devices / self.tokens
+            out.append(("  computed", f"{_giga(share)} G in matrix products, with what is computed again"))
             for (kind, axes), sent in list(r.by_kind().items())[:6]:
                 out.append((f"  {kind}", f"{log.size(sent)} sent by each chip over {axes}"))
             for loop in r.unknown_loops:
@@ -180,6 +180,11 @@ class Report:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _giga(n: float) -> str:
+    """In units of 10⁹, small numbers with two digits that count."""
+    return f"{n / 1e9:.2f}" if n >= 1e8 or not n else f"{n / 1e9:.2g}"
 
 
 def table(reports: list[Report]) -> list[list[str]]:

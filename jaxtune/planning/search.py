@@ -58,7 +58,8 @@ class Found:
 
     def text(self) -> str:
         """Lines to read, and YAML to paste."""
-        out = [f"{self.topology.name}: {self.tried} settings by rule, {len(self.compiled)} of them compiled"]
+        n = sum(r.how.startswith("compiled") for r in self.compiled)
+        out = [f"{self.topology.name}: {self.tried} settings by rule, {n or 'none'} of them compiled"]
         out += [f"  {line}" for line in aligned(table(self.compiled))] if self.compiled else []
         if self.best is None:
             least = self.compiled[-1] if self.compiled else self.nearest
@@ -110,7 +111,6 @@ def search(
 
     guesses.sort(key=slowness)
     limit = max(r.limit or 0.0 for r in guesses)
-    likely = [r for r in guesses if r.compiled.peak <= limit * _SLACK]
     least = min(guesses, key=lambda r: r.compiled.peak)
     done: list[Report] = []
 
@@ -121,11 +121,16 @@ def search(
         except UserError as e:
             refused = str(e)
 
-    for guess in (likely or [least])[:tries]:
-        attempt(guess)
-        if sum(bool(r.fits) for r in done) == 2:
+    ratio = 1.0 if how == "rule" else 1 / _SLACK  # of what is needed to what the rule says, as far as is known
+    tried: list[Report] = []
+    for guess in guesses:
+        if len(tried) == tries or sum(bool(r.fits) for r in done) == 2:
             break
-    if not any(r.fits for r in done) and least not in likely[:tries] and likely and how != "rule":
+        if guess.compiled.peak * ratio <= limit:
+            tried.append(guess)
+            attempt(guess)
+            ratio = done[-1].compiled.peak / guess.compiled.peak if done else ratio
+    if not any(r.fits for r in done) and least not in tried:
         attempt(least)
     if not done:
         raise UserError(f"topology {t.name}: no setting that was tried is possible; {refused}")
