@@ -163,9 +163,11 @@ def _cublas(module: Module, place: str, i: Instruction) -> float:
 
 
 def _scores(module: Module, place: str, i: Instruction) -> float:
-    """Operations of one product in an attention kernel, of queries `[B, N, T, H]` and keys `[B, K, S, H]`."""
-    q, k = [s for o in i.operands for s in module.shape(place, o) if len(s.dims) == 4][:2]
-    return 2.0 * q.size * k.dims[2]
+    """Operations of one product in an attention kernel, of queries `[B, N, T, H]` and keys `[B, K, S, H]`; where a
+    device has one row, B is not there."""
+    shapes = [s for o in i.operands for s in module.shape(place, o)]
+    q, k = [s for s in shapes if len(s.dims) >= 3 and s.dtype in ("bf16", "f16", "f32")][:2]
+    return 2.0 * q.size * k.dims[-2]
 
 
 def _kernel_name(i: Instruction) -> str | None:

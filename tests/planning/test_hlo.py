@@ -91,6 +91,17 @@ def test_what_stands_after_a_kernel_of_several_lines_is_read() -> None:
     assert r.moved == kernel + 2 * k + 2 * 64 * 64 + 2 * 2 * q  # of what is fetched ahead only the source is in HBM
 
 
+def test_a_kernel_of_one_row_has_no_batch_axis() -> None:
+    one = KERNEL.replace("bf16[2,4,256,64]{3,2,1,0}", "bf16[4,256,64]{2,1,0}").replace(
+        "bf16[2,4,256,64]", "bf16[4,256,64]"
+    )
+    one = one.replace("bf16[2,2,256,64]{3,2,1,0", "bf16[2,256,64]{2,1,0").replace(
+        "lhs_contracting_dims={3}", "lhs_contracting_dims={2}"
+    )
+    r = reading.read(one, {"data": 1})
+    assert r.scores == 2 * 2 * 4 * 256 * 64 * 256
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
