@@ -62,7 +62,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
         sizes[sizes.index(-1)] = n // known
     if int(np.prod(sizes)) != n:
         wish = " × ".join(f"{a} {s}" for a, s in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh: {wish} is not the {n} devices that there are; set one axis to -1")
+        remedy = f"the others make {known}, which does not divide {n}" if -1 in sizes else "set one axis to -1"
+        raise UserError(f"mesh: {wish} is not the {n} devices that there are; {remedy}")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     if sizes[AXES.index(over)] % slices:
         raise UserError(
@@ -122,8 +123,7 @@ def check_length(mesh: jax.sharding.Mesh, length: int) -> None:
     """Raises: UserError: rows of so many tokens do not divide over the mesh."""
     if length % (n := mesh.shape["context"]):
         raise UserError(
-            f"rows of {length} tokens do not divide over context {n}; set data.max_length, and each of data.buckets, "
-            f"to a multiple of {n}"
+            f"rows of {length} tokens do not divide over context {n}; set data.max_length to a multiple of {n}"
         )
 
 

@@ -21,7 +21,7 @@ from jaxtune.planning import reading
 from jaxtune.planning.reading import Collective, Reading
 from jaxtune.planning.topology import Topology, quiet
 
-_VERSION = 2  # of what is kept
+_VERSION = 3  # of what is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Compiled:
     limit: float | None  # bytes that the compiler gives, where it says so
     temporaries: float
     reading: Reading | None
-    from_layers: tuple[int, int] | None = None  # what was compiled instead of all layers
     cached: bool = False
 
 
@@ -125,7 +124,7 @@ def extrapolated(less: Compiled, more: Compiled, few: tuple[int, int], layers: i
         return a + (layers - few[0]) / (few[1] - few[0]) * (b - a)
 
     if less.reading is None or more.reading is None:
-        return dataclasses.replace(more, from_layers=few)
+        return more
     a, b = less.reading, more.reading
     sums: list[dict[tuple, float]] = [{}, {}]  # of collectives that are alike
     for r, into in zip((a, b), sums, strict=True):
@@ -148,7 +147,7 @@ def extrapolated(less: Compiled, more: Compiled, few: tuple[int, int], layers: i
         b.unknown_loops,
     )
     peak, temporaries = along(less.peak, more.peak), along(less.temporaries, more.temporaries)
-    return Compiled(peak, less.fits and more.fits, None, temporaries, r, few, less.cached and more.cached)
+    return Compiled(peak, less.fits and more.fits, None, temporaries, r, less.cached and more.cached)
 
 
 # --- on disk --------------------------------------------------------------------------------------------------------

@@ -86,8 +86,11 @@ def price(t: Topology, prices: Mapping[str, float]) -> float | None:
     for name, value in prices.items():
         if any(name.lower() == c.name.lower() for c in chips.CHIPS):
             chip = value if t.chip is not None and name.lower() == t.chip.name.lower() else chip
-        elif parse(name).name == t.name:
-            machine = value
+            continue
+        try:
+            machine = value if parse(name).name == t.name else machine
+        except UserError as e:
+            raise UserError(f"price of {name}: {e}") from e
     return chip if machine is None else machine
 
 

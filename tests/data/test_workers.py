@@ -54,8 +54,9 @@ def test_faults_and_killed_processes_are_told():
 
 
 CALLER = """
-import time
+import signal, time
 from jaxtune.data import workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
 pool = workers.Pool(len, 1)
 assert pool(["fox", "ox"]) == [3, 2]
 print(pool._processes[0].pid, flush=True)
