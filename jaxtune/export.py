@@ -1,14 +1,16 @@
 """What a run hands back: an adapter or a whole Hugging Face folder, and its model card."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from jaxtune import blueprint, config, distributed, log
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
+from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, soft_prompts, tokenizer
-from jaxtune.job import CONFIG, EXPORT, Job, data_with_demo
+from jaxtune.job import CONFIG, EXPORT, EXPORTS, Job, data_with_demo
 from jaxtune.models import heads
 from jaxtune.nodes import soft_prompt
 from jaxtune.tuning import adalora
@@ -29,6 +31,24 @@ def export(job: Job, weights: Tree) -> Path:
     log.write_whole(target.parent / "README.md", _card(job, target))
     log.say(f"exported to {target}")
     return target
+
+
+def export_step(job: Job, weights: Tree, n: int) -> None:
+    """Write `exports/step-n`, the same of step `n`, and remove the oldest beyond `checkpoint.keep`.
+
+    A disk that cannot be written is told and does not end the run.
+    """
+    folder = Path(job.config.output) / EXPORTS
+    if not distributed.first():
+        return
+    boxed = blueprint.boxed(job.blueprint, weights)
+    try:
+        write_export(folder / f"step-{n}", job.blueprint, boxed, job.config, job.data.template)
+        there = sorted((f for f in folder.glob("step-*")), key=lambda f: int(f.name.removeprefix("step-")))
+        for old in [f for f in there if int(f.name.removeprefix("step-")) <= n][: -job.config.checkpoint.keep]:
+            shutil.rmtree(old)
+    except (OSError, UserError) as e:
+        log.warn(f"{folder / f'step-{n}'}: is not exported ({' '.join(str(e).split())}); training goes on")
 
 
 def write_export(

@@ -35,7 +35,7 @@ from jaxtune.tuning import method as tuning_method
 
 Tree = Any
 DEMO_FOLDER = Path(__file__).parent / "demo"
-EXPORT, CHECKPOINTS, CONFIG = "export", "checkpoints", "config.yaml"  # parts of a run folder
+EXPORT, EXPORTS, CHECKPOINTS, CONFIG = "export", "exports", "checkpoints", "config.yaml"  # parts of a run folder
 
 
 # --- where things are -----------------------------------------------------------------------------------------------

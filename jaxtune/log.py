@@ -206,7 +206,11 @@ class RunLog:
 
     def write(self, n: int, values: Mapping[str, float], seconds: Mapping[str, float] | None = None) -> None:
         """Append to metrics.jsonl and to the TensorBoard events; `seconds`, where time went, to the former alone."""
-        entry: dict[str, Any] = {"step": n, **{k: round(float(v), 8) for k, v in values.items()}}
+        entry: dict[str, Any] = {
+            "step": n,
+            "total_steps": self.total,
+            **{k: round(float(v), 8) for k, v in values.items()},
+        }
         if seconds is not None:
             entry["seconds"] = dict(seconds)
         self.history.append(entry)

@@ -109,11 +109,15 @@ def check_disk(job: Job) -> tuple[int, int]:
     saved = held(job.state.saved())
     whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
     best = 2 * held(job.state.trainable) if c.evaluate.best else 0  # the old ones go when the new are there
-    need = best + saved * (c.checkpoint.keep + 1) + (saved if isinstance(c.tuning, config.Adapter) else whole)
+    exports = c.checkpoint.keep + 2 if c.checkpoint.export else 1
+    need = best + saved * (c.checkpoint.keep + 1) + exports * (saved if isinstance(c.tuning, config.Adapter) else whole)
     out = Path(c.output).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     free += sum(
-        f.stat().st_size for part in ("checkpoints", "best", "export") for f in (out / part).rglob("*") if f.is_file()
+        f.stat().st_size
+        for part in ("checkpoints", "best", "export", "exports")
+        for f in (out / part).rglob("*")
+        if f.is_file()
     )
     if need > free:
         raise UserError(

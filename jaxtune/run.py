@@ -25,10 +25,10 @@ from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
 from jaxtune.clock import Clock, carried, shares
 from jaxtune.config import Config
-from jaxtune.data.batches import Batch, Batches
+from jaxtune.data.batches import Batch, Batches, Rows
 from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
-from jaxtune.export import export
+from jaxtune.export import export, export_step
 from jaxtune.guards import Guards
 from jaxtune.job import CHECKPOINTS, CONFIG, EXPORT, Job, prepare, use_compile_cache
 from jaxtune.layers import unbox
@@ -57,6 +57,7 @@ def train(c: Config) -> Path:
     out = Path(c.output)
     with _told_to_stop() as told, watch.watching() as watched:
         job = prepare(c)
+        _every(job)
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
         with _alone(out):
@@ -129,6 +130,19 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., An
         raise UserError(f"{unsaved}; the tuned model itself is whole in {out / EXPORT}")
 
 
+def _every(job: Job) -> Every:
+    """Steps between evaluations and between checkpoints, where 0 asks for those of a pass over the data."""
+    c = job.config
+    evaluate, save = c.evaluate.every, c.checkpoint.every
+    if not (evaluate and save) and not isinstance(job.data.train, Rows):
+        key = "checkpoint.every" if evaluate else "evaluate.every"
+        raise UserError(f"{key}=0 is a pass over the data, and data.streaming does not count its rows; give steps")
+    if evaluate and save:
+        return Every(evaluate, save)
+    epoch = job.data.rows.extent(c.train.batch_size, 1.0, None, c.train.seed)[0]
+    return Every(evaluate or epoch, save or epoch)
+
+
 def _to_write(job: Job, weights: Tree) -> Tree:
     """The weights for `export`: where there are several processes, what trained is gathered for the first to write."""
     if distributed.count() == 1:
@@ -165,6 +179,7 @@ def _loop(
     rate = optim.schedule(c.optim, job.steps)
     measure = measuring.make(job)
     best = Best(out, c.evaluate, runlog.history, start) if held is not None else None
+    every = _every(job)
 
     def on_log(n: int, values: dict[str, float], batch: Batch) -> None:
         write = n % c.train.log_every == 0 or n in (1, job.steps)
@@ -186,6 +201,9 @@ def _loop(
         checkpoints.save(n, state.saved(), batches.state, about, answered)
 
     def on_save(n: int, state: State) -> None:
+        if c.checkpoint.export and (n == job.steps or n % every.save == 0):
+            with clock.on("export"):
+                export_step(job, _to_write(job, measured(state)), n)
         if n < job.steps:  # the last one is waited for, see below
             with clock.on("checkpoint"):
                 saver.save(n, lambda: save(n, state))
@@ -230,7 +248,6 @@ def _loop(
         if not start:
             on_evaluate(0, state)
         hooks = Hooks(on_log, on_evaluate, on_save, stop, save_now, runlog.write, on_back)
-        every = Every(c.evaluate.every, c.checkpoint.every)
         put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * stop() | distributed.SAVE * save_now())
         state, n = loop(
             state,

@@ -39,7 +39,7 @@ def test_a_chip_that_is_not_known_has_no_column(tmp_path, hands, capsys):
     runlog.step(1, {"loss": 1.0}, tokens=80, write=True)
     runlog.close()
     assert capsys.readouterr().out == "step 1/1  loss 1.0000  80 tokens/s\n"
-    assert set(log.read_metrics(tmp_path / "metrics.jsonl")[0]) == {"step", "loss", "tokens_per_second"}
+    assert set(log.read_metrics(tmp_path / "metrics.jsonl")[0]) == {"step", "total_steps", "loss", "tokens_per_second"}
 
 
 def test_lines_of_a_run_that_was_killed_are_dropped(tmp_path):

@@ -229,8 +229,9 @@ class Vocabulary(Strict):
 class Evaluate(Strict):
     """Measuring on the validation set while training."""
 
-    every: int = Field(100, ge=1)
-    """Steps between evaluations; there is one before the first step and one after the last."""
+    every: int = Field(100, ge=0)
+    """Steps between evaluations, or 0: one a pass over the data; there is one before the first step and one after the
+    last."""
     batch_size: int | None = Field(None, ge=1)
     """Sequences per evaluation step; train.batch_size / train.accumulation where not given."""
     task: str | None = None
@@ -251,10 +252,13 @@ class Evaluate(Strict):
 class Checkpoint(Strict):
     """Saving and starting again."""
 
-    every: int = Field(200, ge=1)
-    """Steps between checkpoints; the last step is always saved."""
+    every: int = Field(200, ge=0)
+    """Steps between checkpoints, or 0: one a pass over the data; the last step is always saved."""
     keep: int = Field(3, ge=1)
     """How many checkpoints stay."""
+    export: bool = False
+    """Also write each checkpoint as a Hugging Face folder to exports/step-N, as many as are kept; those of a stop or of
+    SAVE_NOW are not."""
     resume: Literal["auto", "never"] = "auto"
     """"auto" goes on from the newest checkpoint of the output folder; "never" wants a new folder."""
 

@@ -130,9 +130,9 @@ def evaluate(k: Keys, devices: Callable[[], int]) -> dict[str, Any]:
     strategy = k.value("eval_strategy", "steps" if "eval_steps" in k else "no")
     if strategy == "steps":
         evaluate["every"] = _every(k, "eval_steps" if "eval_steps" in k else "logging_steps", 500)
-    elif strategy == "epoch" and (best or patience):
-        raise k.error("eval_strategy", "counts steps here; set eval_strategy=steps and eval_steps")
-    elif strategy in ("epoch", "no"):
+    elif strategy == "epoch":
+        evaluate["every"] = 0
+    elif strategy == "no":
         if held:
             k.note("eval_strategy", "a validation set is measured by steps all the same; evaluate.every says how often")
     else:
@@ -156,7 +156,9 @@ def checkpoint(k: Keys) -> dict[str, Any]:
     checkpoint: dict[str, Any] = {}
     if (strategy := k.value("save_strategy", "steps")) == "steps":
         checkpoint["every"] = _every(k, "save_steps", 500)
-    elif strategy in ("no", "epoch", "best"):
+    elif strategy == "epoch":
+        checkpoint["every"] = 0
+    elif strategy in ("no", "best"):
         k.note(
             "save_strategy", "checkpoints come by steps; checkpoint.every says how often, checkpoint.keep how many stay"
         )
