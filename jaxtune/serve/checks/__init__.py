@@ -1,0 +1,1 @@
+"""Training files, looked through before anything is trained on them."""

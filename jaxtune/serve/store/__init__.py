@@ -1,0 +1,1 @@
+"""The database and the storage folder: what all processes of a service share."""

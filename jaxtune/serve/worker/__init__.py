@@ -1,0 +1,1 @@
+"""Takes jobs, starts `jaxtune train`, reads what it writes, and makes models of it."""
