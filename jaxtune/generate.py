@@ -103,7 +103,7 @@ class Generator:
         while not state.finished:
             state.advance(1)
             text = state.text(0)
-            safe = len(text) if state.finished else len(text) - _held_back(text, s.stop)
+            safe = len(text) if state.finished else len(text) - held_back(text, s.stop)
             if safe > sent:
                 yield text[sent:safe]
                 sent = safe
@@ -347,7 +347,7 @@ def _completed(pair: tuple[list[int], int]) -> int:
     return len(pair[0]) - pair[1]
 
 
-def _held_back(text: str, stop: Sequence[str]) -> int:
+def held_back(text: str, stop: Sequence[str]) -> int:
     """Characters at the end that may yet become a stop string, or are half of a character."""
     half = len(text) - len(text.rstrip("\ufffd"))
     return max([half, *(n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))])
@@ -368,7 +368,7 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 def _keys(seed: int, prompts: Sequence[Sequence[int]], samples: int) -> Array:
     """A key for each sample of each prompt, from the prompt alone: what stands beside it changes nothing, `[R]`."""
-    hashes = jnp.array([_stable_hash(ids) for ids in prompts], jnp.uint32)
+    hashes = jnp.array([stable_hash(ids) for ids in prompts], jnp.uint32)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     key_B = fold(jax.random.key(seed), hashes)
     if samples == 1:
@@ -377,7 +377,7 @@ def _keys(seed: int, prompts: Sequence[Sequence[int]], samples: int) -> Array:
     return jnp.concatenate([key_B[:, None], more_BM], 1).reshape(-1)
 
 
-def _stable_hash(ids: Sequence[int]) -> int:
+def stable_hash(ids: Sequence[int]) -> int:
     """A number of a prompt, so that equal seeds give it equal text whatever stands beside it."""
     h = 2166136261
     for i in ids:  # FNV-1a

@@ -151,7 +151,7 @@ def open_model(
     job.use_compile_cache()
     on = sharding.make_mesh(mesh or config.Mesh())
     with jax.set_mesh(on):
-        opened = _ready(open_weights(target, adapter, dtype, on), on)
+        opened = ready(open_weights(target, adapter, dtype, on), on)
     if (file := Path(target) / job.CONFIG).exists():
         data = config.load(file).data
         return dataclasses.replace(opened, thinking=data.thinking, system=data.system)
@@ -174,20 +174,50 @@ def open_models(
     on = sharding.make_mesh(mesh or config.Mesh())
     model = job.model_folder(base)
     read = {name: soft_prompts.open_adapter(Path(f)) for name, f in zip(names(folders), folders, strict=True)}
-    plain = draw(model, None, on, dtype)
-    groups: Sequence[int] = (1,) * plain.decoder.layers
+    groups = None
     if jax.default_backend() != "cpu":
-        groups = _common([draw(model, a, on, dtype).decoder.groups for a in read.values()])
-    plain = draw(model, None, on, dtype, groups)
-    models = {}
-    with jax.set_mesh(on):
-        shared = blueprint.materialise(plain, jax.random.key(0))
-        for name, a in read.items():
-            b = draw(model, a, on, dtype, groups)
-            weights = blueprint.materialise(b, jax.random.key(0), shared=blueprint.from_folder(b, shared))
+        groups = _common([draw(model, a, on, dtype).decoder.groups for a in [None, *read.values()]])
+    shared = share(model, on, dtype, groups)
+    return {**{name: shared.under(a) for name, a in read.items()}, NONE: shared.alone()}
+
+
+class Shared(NamedTuple):
+    """A base that was read once, for adapters that come and go."""
+
+    blueprint: Blueprint
+    weights: Tree  # `Weight`s
+    mesh: jax.sharding.Mesh
+
+    def under(self, a: adapters.Adapter | soft_prompts.SoftPrompts) -> Tuned:
+        """The base under an adapter: its arrays are shared, what the adapter brings whole is its own.
+
+        Raises:
+          UserError: the adapter does not fit the base, or not its groups of layers.
+        """
+        model, c = self.blueprint.folder, self.blueprint.decoder
+        with jax.set_mesh(self.mesh):
+            b = draw(model, a, self.mesh, c.dtype, c.groups)
+            kept = blueprint.from_folder(b, self.weights)
+            weights = blueprint.materialise(b, jax.random.key(0), shared=kept)
             a.check_all_used()
-            models[name] = _ready(Opened(b, weights, job.tokenizer_folder(model, a)), on)
-    return {**models, NONE: _ready(Opened(plain, shared, model), on)}
+            return ready(Opened(b, weights, job.tokenizer_folder(model, a)), self.mesh)
+
+    def alone(self) -> Tuned:
+        """The base as it is."""
+        return ready(Opened(self.blueprint, self.weights, self.blueprint.folder), self.mesh)
+
+
+def share(model: Path, on: jax.sharding.Mesh, dtype: str, groups: Sequence[int] | None = None) -> Shared:
+    """Read a model's folder; `groups` as of `draw`, but on CPU each layer is one, as `Generator` wants it.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    plain = draw(model, None, on, dtype, groups)
+    if jax.default_backend() == "cpu":
+        plain = draw(model, None, on, dtype, (1,) * plain.decoder.layers)
+    with jax.set_mesh(on):
+        return Shared(plain, blueprint.materialise(plain, jax.random.key(0)), on)
 
 
 def names(folders: Sequence[str]) -> list[str]:
@@ -218,7 +248,8 @@ def _common(plans: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise([0, *ends]))
 
 
-def _ready(found: "Opened", on: jax.sharding.Mesh) -> Tuned:
+def ready(found: "Opened", on: jax.sharding.Mesh) -> Tuned:
+    """What was opened, with its tokenizer, template and ends."""
     words = found.tokenizer or tokenizer.load(found.side)
     template = found.template or words.chat_template
     eos = {*tokenizer.eos_ids(found.blueprint.folder, words), *encode.turn_end(words, template)}

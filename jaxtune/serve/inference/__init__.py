@@ -1,0 +1,1 @@
+"""Answers: a process of its own holds the models, and decodes concurrent requests together."""
