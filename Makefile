@@ -28,4 +28,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-openai1 runs .pytest_cache .mypy_cache .ruff_cache

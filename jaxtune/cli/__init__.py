@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 # ruff: noqa: I001
-from jaxtune.cli import run, plan, use, data, models, recipes  # noqa: F401  (they add their verbs, in the order of --help)
+# they add their verbs, in the order of --help
+from jaxtune.cli import run, plan, use, data, models, recipes, serve, files, jobs  # noqa: F401
 from jaxtune.cli.common import app
 from jaxtune.cli.recipes import recipe_folder
 from jaxtune.errors import Interrupted, UserError

@@ -64,3 +64,23 @@ def dtype_of(value: str) -> str:
     """The value of --dtype, checked."""
     one_of("--dtype", value, ["float32", "bfloat16"])
     return value
+
+
+def table(heads: list[str], rows: list[list[str]], none: str) -> None:
+    """Print rows in columns under their heads, or that there are none; control characters do not reach the terminal.
+
+    >>> table(["id", "size"], [["a\x1b[1m", "3"]], "nothing")
+    id     size
+    a?[1m  3
+    """
+    if not rows:
+        return log.say(none)
+    plain = [heads, *([shown(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in plain) for i in range(len(heads))]
+    for row in plain:
+        log.say("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip())
+
+
+def shown(text: str) -> str:
+    """What somebody else wrote, fit for a terminal: a control character becomes a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -275,3 +275,46 @@ def test_the_image_copies_what_there_is():
         if line.startswith("COPY"):
             for source in line.split()[1:-1]:
                 assert (TPU.parents[1] / source).exists(), source
+
+
+def test_a_worker_on_gke_takes_its_queue_from_a_secret_and_its_files_from_the_bucket():
+    deployment = yaml.safe_load((TPU / "worker-gke.yaml").read_text())
+    assert deployment["kind"] == "Deployment"
+    spec = deployment["spec"]
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    pod_ = spec["template"]["spec"]
+    (container,) = pod_["containers"]
+    (mount,) = container["volumeMounts"]
+    assert arguments_of(*container["args"][:1], container["args"][1:]) == {
+        "models": Path(mount["mountPath"], "models"),
+        "data": Path(mount["mountPath"], "data"),
+    }
+    (queue,) = [e for e in container["env"] if e["name"] == "JAXTUNE_QUEUE"]
+    assert "value" not in queue
+    assert queue["valueFrom"]["secretKeyRef"]["name"] == "jaxtune-queue"
+    assert [v["name"] for v in pod_["volumes"]] == [mount["name"]]
+    rows, columns = map(int, pod_["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    assert container["resources"]["limits"]["google.com/tpu"] == rows * columns  # a slice of one host
+    assert pod_["terminationGracePeriodSeconds"] >= 60
+
+
+def test_a_worker_on_skypilot_takes_its_queue_from_a_secret_and_its_files_from_the_bucket():
+    task = yaml.safe_load((TPU / "worker-skypilot.yaml").read_text())
+    assert task["secrets"] == {"JAXTUNE_QUEUE": None}
+    (mount,) = task["file_mounts"]
+    _, words = task["run"].split("jaxtune worker ")
+    assert arguments_of("worker", words.split()) == {"models": Path(mount, "models"), "data": Path(mount, "data")}
+    assert "postgres" in task["envs"]["PACKAGE"]
+    for part in ("setup", "run"):
+        subprocess.run(["bash", "-n", "-c", task[part]], check=True)
+
+
+def arguments_of(verb, words):
+    """What our own command line makes of the words of a template; defaults left out."""
+    import typer
+
+    from jaxtune.cli.common import app
+
+    command = typer.main.get_command(app)
+    given = command.get_command(None, verb).make_context(verb, list(words)).params
+    return {k: v for k, v in given.items() if v}
