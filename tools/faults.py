@@ -304,6 +304,8 @@ def full(lab: Lab, n: int, chance: random.Random, wanted: Any) -> Counter[str]:
         found["failing saves, said"] += len(re.findall(r"cannot save a checkpoint", said))
         found["ended with an error that says what is lost"] += code == 2 and "could not be saved" in said
         found["ended with an error"] += code == 2
+        if code == 2 and "could not be saved" not in said:
+            print(f"{out}: ended with {said.strip().splitlines()[-1:]}", flush=True)
         found["bit-equal at once"] += code == 0 and lab.result(out) == wanted
         if code != 0:
             code = lab.finish(out)

@@ -115,7 +115,7 @@ def test_what_a_service_says_is_one_line_with_a_remedy(service, capsys, status, 
 
 def test_a_service_that_is_not_there(capsys):
     call("jobs", "follow", "ftjob-x", "--base-url", "http://127.0.0.1:9/v1", code=2)
-    assert "cannot be used" in (err := capsys.readouterr().err)
+    assert "cannot be reached" in (err := capsys.readouterr().err)
     assert "start `jaxtune serve`" in err
 
 
