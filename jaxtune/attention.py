@@ -5,7 +5,7 @@ key/value head, H head dim.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,14 +85,56 @@ def attend(
     return o_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
+def probabilities(
+    q_BTNH: Array, k_BTKH: Array, segment_BT: Array, scores: Scores = Scores(), window: Array | int = 0
+) -> Array:
+    """How much each query of `attend` takes from each key, float32 `[B, N, T, S]`: to be looked at."""
+    B, T, N, _ = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BKgH = scores.by_head(q_BTNH, K).reshape(B, K, -1, q_BTNH.shape[-1])
+    score_BKGTS = scores(q_BKgH, k_BTKH.transpose(0, 2, 1, 3)).reshape(B, K, -1, T, T)
+    behind_TS = jnp.arange(T)[:, None] - jnp.arange(T)
+    seen_TS = behind_TS >= 0
+    if not isinstance(window, int) or window:
+        seen_TS &= behind_TS < window
+    seen_BTS = seen_TS & (segment_BT[:, :, None] == segment_BT[:, None])
+    return jax.nn.softmax(jnp.where(seen_BTS[:, None, None], score_BKGTS, NEVER), -1).reshape(B, N, T, T)
+
+
+class Rounded(NamedTuple):
+    """Keys or values in 8 bits, each head's of a token with a scale of its own: `code · scale`."""
+
+    codes_BKSH: Array  # int8
+    scale_BKS1: Array  # float32
+
+
+def rounded(x_BKSH: Array) -> Rounded:
+    """Keys or values as a cache in 8 bits holds them.
+
+    >>> rounded(jnp.array([[[[127.0, -63.6]]]])).codes_BKSH.tolist()
+    [[[[127, -64]]]]
+    """
+    x_BKSH = x_BKSH.astype(jnp.float32)
+    scale_BKS1 = jnp.abs(x_BKSH).max(-1, keepdims=True) / 127
+    codes = jnp.round(x_BKSH / jnp.where(scale_BKS1 > 0, scale_BKS1, 1.0))
+    return Rounded(codes.astype(jnp.int8), scale_BKS1)
+
+
+def _whole(x: Array | Rounded, dtype: Any) -> Array:
+    """What a cache holds, in `dtype`."""
+    if not isinstance(x, Rounded):
+        return x
+    return (x.codes_BKSH.astype(jnp.float32) * x.scale_BKS1).astype(dtype)
+
+
 class Past(NamedTuple):
     """Keys and values that were read before, in places of which some may be empty (their segment is 0).
 
     Those of a prefix, in the first places, are seen from every segment: theirs is `PREFIX`.
     """
 
-    k_BKSH: Array
-    v_BKSH: Array
+    k_BKSH: Array | Rounded
+    v_BKSH: Array | Rounded
     segment_BS: Array
     length: Array  # the place at which what is new begins
     position_BT: Array  # of what is new
@@ -109,9 +151,10 @@ def attend_past(
 ) -> Array:
     """As `attend`, over the past and then what is new; the past is read where it lies, not copied."""
     B, T, N, H = q_BTNH.shape
-    K, S = past.k_BKSH.shape[1:3]
+    pastk_BKSH, pastv_BKSH = (_whole(x, k_BKTH.dtype) for x in (past.k_BKSH, past.v_BKSH))
+    K, S = pastk_BKSH.shape[1:3]
     q_BKgH = scores.by_head(q_BTNH, K).reshape(B, K, -1, H)
-    score_BKgs = jnp.concatenate([scores(q_BKgH, past.k_BKSH), scores(q_BKgH, k_BKTH)], -1)
+    score_BKgs = jnp.concatenate([scores(q_BKgH, pastk_BKSH), scores(q_BKgH, k_BKTH)], -1)
     place_s = jnp.concatenate([jnp.arange(S), past.length + jnp.arange(T)])
     behind_ts = past.length + jnp.arange(T)[:, None] - place_s
     segment_B1s = jnp.concatenate([past.segment_BS, segment_BT], 1)[:, None]
@@ -122,7 +165,7 @@ def attend_past(
     score_BKGts = score_BKgs.reshape(B, K, -1, T, S + T)
     p_BKGts = jax.nn.softmax(jnp.where(seen_Bts[:, None, None], score_BKGts, NEVER), -1)
     p_BKgs = p_BKGts.astype(v_BKTH.dtype).reshape(B, K, -1, S + T)
-    o_BKgH = _batched(p_BKgs[..., :S], past.v_BKSH, 2) + _batched(p_BKgs[..., S:], v_BKTH, 2)
+    o_BKgH = _batched(p_BKgs[..., :S], pastv_BKSH, 2) + _batched(p_BKgs[..., S:], v_BKTH, 2)
     return o_BKgH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -86,6 +86,12 @@ def parameter(module: nn.Module, name: str, make: Callable[[Array, tuple[int, ..
     return module.param(name, make, shape)
 
 
+def show(module: nn.Module, name: str, value: Callable[[], Array]) -> None:
+    """Let those who ask look at a value inside of the model, see `models.inside`; else it is never computed."""
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", name, value(), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
 class Linear(nn.Module):
     """A matrix product with a weight named `weight` and, if asked, a `bias`."""
 
@@ -101,6 +107,7 @@ class Linear(nn.Module):
         n_in = len(into)
         init = nn.initializers.lecun_normal(in_axis=tuple(range(n_in)), out_axis=tuple(range(n_in, len(shape))))
         w = parameter(self, "weight", lambda *args: Weight(init(*args), tuple(into + out), n_in=n_in), shape)
+        show(self, "x", lambda: x.reshape(*x.shape[: x.ndim - n_in], -1))
         y = einsum(self.eqn, x, w)
         if self.use_bias:
             bias: Any = self.param("bias", lambda _, s: Weight(jnp.zeros(s), tuple(out)), shape[n_in:])

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxtune.attention import PREFIX, Past, Scores, after, attend_past
+from jaxtune.attention import PREFIX, Past, Scores, after, attend_past, probabilities, rounded
 from jaxtune.errors import UserError
 from jaxtune.kernels import attend
 from jaxtune.layers import (
@@ -33,6 +33,7 @@ from jaxtune.layers import (
     group_name,
     rope_tables,
     rotate,
+    show,
     stack,
 )
 from jaxtune.models import pipeline
@@ -111,6 +112,7 @@ class DecoderConfig:
     vocab_rows: int = 0  # rows of the table, with padding; 0 is `vocab`
     groups: tuple[int, ...] = ()
     remat: str = "none"
+    kv: str = "same"  # how a cache holds keys and values: same · int8
     attention: str = "xla"  # the kernel, see `kernels.kind`; what goes into a cache is computed by XLA
     dtype: str = "float32"
 
@@ -137,6 +139,14 @@ class DecoderConfig:
             classes=self.task.size if self.task else 0,
         )
 
+    @property
+    def readout(self) -> Readout:
+        """How its hidden states become logits."""
+        if self.task is not None:
+            return Readout("btd,dc->btc")
+        eqn = "btd,vd->btv" if self.tied else "btd,dv->btv"
+        return Readout(eqn, self.logit_scale, self.logit_softcap, self.vocab)
+
     def norm(self, name: str, axes: str = "embed") -> RMSNorm:
         return RMSNorm(self.norm_eps, axes, self.norm_around_one, name=name)
 
@@ -145,7 +155,7 @@ class DecoderConfig:
 class Cache:
     """Keys and values of what has been read: `layers` per group of layers, the rest shared by all layers."""
 
-    layers: Mapping[str, tuple[Array, Array]]  # group -> k, v of [L, B, K, S, H]
+    layers: Mapping[str, tuple[Any, Any]]  # group -> k, v of [L, B, K, S, H], or `attention.Rounded`
     segment_BS: Array  # 1 where a token stands, 0 where padding or nothing does, `PREFIX` in a prefix
     length: Array  # how many of the S places are taken
 
@@ -155,7 +165,7 @@ class Cache:
         layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))), self.layers)
         return Cache(layers, jnp.pad(self.segment_BS, ((0, 0), (0, more))), self.length)
 
-    def with_new(self, layers: Mapping[str, tuple[Array, Array]], segment_BT: Array) -> "Cache":
+    def with_new(self, layers: Mapping[str, tuple[Any, Any]], segment_BT: Array) -> "Cache":
         """With new keys and values, `[L, B, K, T, H]`, in the next places."""
 
         def put(old: Array, new: Array, axis: int) -> Array:
@@ -165,13 +175,13 @@ class Cache:
         return Cache(both, put(self.segment_BS, segment_BT, 1), self.length + segment_BT.shape[1])
 
 
-def prefix_cache(prefix: Prefix, groups: Sequence[int], rows: int, dtype: Any) -> Cache:
-    """A prefix as the past of so many rows."""
+def prefix_cache(prefix: Prefix, groups: Sequence[int], rows: int, dtype: Any, kv: str = "same") -> Cache:
+    """A prefix as the past of so many rows, held as `DecoderConfig.kv` says."""
     layers, first = {}, 0
     for count in groups:
         pair = (x_LKVH[first : first + count, None].astype(dtype) for x_LKVH in (prefix.k_LKVH, prefix.v_LKVH))
         k, v = (jnp.broadcast_to(x, (count, rows, *x.shape[2:])) for x in pair)
-        layers[group_name(first, count)] = k, v
+        layers[group_name(first, count)] = (rounded(k), rounded(v)) if kv == "int8" else (k, v)
         first += count
     return Cache(layers, jnp.full((rows, prefix.tokens), PREFIX, jnp.int32), jnp.int32(prefix.tokens))
 
@@ -214,11 +224,13 @@ class Attention(nn.Module):
             o_BTNH = attend_past(q_BTNH, *new, where.segment_BT, past, scores, window)
             new = after(new[0], o_BTNH), after(new[1], o_BTNH)  # so that they are written over a past that was read
         else:
+            show(self, "p", lambda: probabilities(q_BTNH, k_BTKH, where.segment_BT, scores, window))
             kernel = c.attention if own.cache is None else "xla"
             o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, where.segment_BT, scores, window, c.windows, kernel)
-        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(
-            o_BTNH
-        ), None if own.cache is None else new
+        kept: Any = None if own.cache is None else new
+        if kept is not None and c.kv == "int8":
+            kept = rounded(new[0]), rounded(new[1])
+        return Linear("btnh,nhd->btd", "heads head -> embed", c.dims, c.o_bias, name="o_proj")(o_BTNH), kept
 
     def _project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
         c, bias = self.c, self.c.qkv_bias
@@ -273,6 +285,7 @@ class Block(nn.Module):
         else:
             m_BTD = Mlp(c, name="mlp")(h_BTD)
         x_BTD = x_BTD + norm(names.mlp_out, m_BTD) * c.residual_scale
+        show(self, "hidden", lambda: x_BTD)
         return constrain(x_BTD), (cache, routed)
 
 
@@ -301,7 +314,7 @@ class Decoder(nn.Module):
             raise UserError("mesh.stage: a prefix stands in every layer's past, which stages lack; take fsdp or tensor")
         if prefix is not None:
             position_BT = position_BT + prefix.tokens
-            cache = prefix_cache(prefix, groups, ids_BT.shape[0], x_BTD.dtype) if cache is None else cache
+            cache = prefix_cache(prefix, groups, ids_BT.shape[0], x_BTD.dtype, c.kv) if cache is None else cache
         past = None if cache is None else (cache.segment_BS, cache.length, position_BT)
         where = Where(rope_tables(c.ropes, position_BT, segment_BT), segment_BT, past)
         rope_L = np.array(c.rope_of, np.int32) if len(set(c.rope_of)) > 1 else None
@@ -330,10 +343,9 @@ class Decoder(nn.Module):
             loss = balance(taken_E, p_E, c.layers * (segment_BT > 0).sum())
         if c.task is not None:
             head = Head(c.dims, "classes", c.task.bias, name=c.task.module)()
-            return Outputs(x_BTD, head, Readout("btd,dc->btc"), loss), cache
-        readout = Readout("btd,vd->btv" if c.tied else "btd,dv->btv", c.logit_scale, c.logit_softcap, c.vocab)
-        head = embed.weight if c.tied else Head(c.dims, name="lm_head")()
-        return Outputs(x_BTD, head, readout, loss), cache
+        else:
+            head = embed.weight if c.tied else Head(c.dims, name="lm_head")()
+        return Outputs(x_BTD, head, c.readout, loss), cache
 
     def _staged(self, weights_L: Any, x_BTD: Array, own: Own, where: Where) -> Array:
         """The layers as stages of a pipeline."""

@@ -21,9 +21,9 @@ ACTS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+QUANTISED = ("gptq", "compressed-tensors")  # see `hf.quantized`
 # what no decoder here does: refused unless the value is one of these
 _REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None, {}),
     "use_bidirectional_attention": (None, False),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
@@ -52,6 +52,8 @@ def common(hf: Hf, **defaults: Any) -> dict[str, Any]:
     for key, allowed in _REFUSED.items():
         if hf.get(key) not in allowed:
             raise UserError(f"{key}={hf[key]!r} is not supported")
+    if (given := hf.get("quantization_config")) and given.get("quant_method") not in QUANTISED:
+        raise UserError(f"quantization_config={given!r} is not supported; allowed quant_method: {', '.join(QUANTISED)}")
     act = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
     if act not in ACTS:
         raise UserError(f"hidden_act {act!r} is not supported; allowed: {', '.join(ACTS)}")
