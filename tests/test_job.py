@@ -40,3 +40,14 @@ def test_a_step_takes_over_the_memory_of_the_state(tiny, sums_file, tmp_path, ke
 def test_a_file_is_no_model_folder(tiny):
     with pytest.raises(UserError, match=r"model\.safetensors: is a file; give the folder that it lies in"):
         job.model_folder(str(tiny / "model.safetensors"))
+
+
+def test_what_differs_in_rates_decay_warmup_and_seed_is_one_program(tiny, sums_file, tmp_path):
+    def program(**keys):
+        c = make_config(tiny, sums_file, tmp_path / "r", **{"optim__weight_decay": 0.1, **keys})
+        return steps.lower_step(job.prepare(c)).as_text()
+
+    one = program()
+    other = {"optim__learning_rate": 3e-5, "optim__weight_decay": 0.01, "optim__warmup": 3, "optim__schedule": "wsd"}
+    assert program(**other, optim__final=0.1, train__seed=7) == one
+    assert program(optim__beta1=0.8) != one

@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules from the config, as one optax transformation."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtune.optim.muon import scale_by_muon
 from jaxtune.optim.narrow import narrowed, scale_by_adam8bit
 from jaxtune.optim.offload import one_at_a_time
 
-__all__ = ["averaged", "averaging", "make", "one_at_a_time", "schedule"]
+__all__ = ["averaged", "averaging", "knobs", "make", "one_at_a_time", "schedule"]
 
 Tree = Any
 Within = Callable[[optax.GradientTransformation, Tree], optax.GradientTransformation]
@@ -57,12 +58,25 @@ def schedule(c: Optim, total: int) -> optax.Schedule:
     return optax.join_schedules([ramp, after], [warm])
 
 
+def knobs(c: Optim, total: int, weights: Tree, rates: Sequence[tuple[str, float]] = ()) -> dict[str, Tree]:
+    """The numbers that a compiled step takes as arguments, so that other ones need no other program.
+
+    `rate_S`, float32: the learning rate of each of the S = `total` steps, however its schedule is made. `factors`: what
+    multiplies it, and the weight decay, for each weight. Arguments as of `make`.
+    """
+    rate = schedule(c, total)
+    rate_S = jax.lax.map(lambda n: jnp.asarray(rate(n), jnp.float32), jnp.arange(total))
+    factors = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), groups.factors(c, weights, rates))
+    return {"rate_S": rate_S, "factors": factors}
+
+
 def make(
     c: Optim,
     total: int,
     weights: Tree,
     rates: Sequence[tuple[str, float]] = (),
     within: Within | None = None,
+    given: Mapping[str, Tree] | None = None,
 ) -> optax.GradientTransformation:
     """Clip, then the optimiser with decoupled weight decay, then the learning rate.
 
@@ -72,12 +86,15 @@ def make(
       weights: abstract `Weight`s of what trains, None in the place of what does not.
       rates: the method's own factors of the learning rate, by pattern on plain names; the first that matches holds.
       within: what a method puts around the optimiser's core, before decay and learning rate (GaLore's projection).
+      given: its `knobs`, as arrays that are traced; where not given, they are constants.
 
     Raises:
       UserError: a pattern matches nothing that trains, or the optimiser does not go with the rest.
     """
     rate = schedule(c, total)
-    own = groups.own(*groups.factors(c, weights, rates))
+    if given is not None:
+        rate = functools.partial(jax.lax.dynamic_index_in_dim, given["rate_S"], keepdims=False)
+    own = groups.own(*groups.factors(c, weights, rates), None if given is None else given["factors"])
     clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
     scale = _core(c, weights)
     if within is not None:

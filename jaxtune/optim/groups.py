@@ -77,8 +77,11 @@ def _together(values: list[float], ndim: int) -> Any:
     return np.array(values, np.float32).reshape(-1, *(1,) * (ndim - 1))
 
 
-def own(rates: Tree, decays: Tree) -> optax.GradientTransformation:
+def own(rates: Tree, decays: Tree, given: tuple[Tree, Tree] | None = None) -> optax.GradientTransformation:
     """Add each weight's decay to its update, and multiply by its factor: `(u + decay · w) · rate`.
+
+    `given` are both again, as arrays that are traced: the numbers of `rates` and `decays` then only say where there is
+    something to do.
 
     Raises:
       UserError: at `init`, factors that differ by layer do not fit the weights, of which a method trains a part.
@@ -97,13 +100,13 @@ def own(rates: Tree, decays: Tree) -> optax.GradientTransformation:
             )
         return optax.EmptyState()
 
-    def one(u: jax.Array, w: jax.Array, rate: Any, decay: Any) -> jax.Array:
-        if np.any(decay):
+    def one(u: jax.Array, w: jax.Array, decays: bool, rate: Any, decay: Any) -> jax.Array:
+        if decays:
             u = u + jnp.asarray(decay, u.dtype) * w.astype(u.dtype)
         return u * jnp.asarray(rate, u.dtype)
 
     def update(updates: Tree, state: optax.EmptyState, params: Tree = None) -> tuple[Tree, optax.EmptyState]:
-        return jax.tree.map(one, updates, params, rates, decays), state
+        return jax.tree.map(one, updates, params, jax.tree.map(np.any, decays), *(given or (rates, decays))), state
 
     return optax.GradientTransformation(init, update)
 

@@ -17,7 +17,7 @@ Tree = Any
 
 
 def one_at_a_time(step: Callable[..., tuple[Any, Tree]], where: Any) -> Callable[..., tuple[Any, Tree]]:
-    """`step(state, batches)`, with what `where` puts on the host fetched, changed and put back in turn.
+    """`step(state, …)`, with what `where` puts on the host fetched, changed and put back in turn.
 
     The result is the same, number by number: only the order changes in which it is computed, whatever the optimiser.
 
@@ -26,8 +26,8 @@ def one_at_a_time(step: Callable[..., tuple[Any, Tree]], where: Any) -> Callable
       where: the state's shardings.
     """
 
-    def run(state: Any, batches: Tree) -> tuple[Any, Tree]:
-        leaves, tree = jax.tree.flatten((state, batches))
+    def run(state: Any, *rest: Tree) -> tuple[Any, Tree]:
+        leaves, tree = jax.tree.flatten((state, *rest))
         like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]  # also what lies on the host, as if it did not
         traced, shape = jax.make_jaxpr(lambda *x: step(*jax.tree.unflatten(tree, x)), return_shape=True)(*like)
         places = jax.tree.leaves(where)

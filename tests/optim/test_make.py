@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,3 +183,37 @@ def test_an_average_of_an_average_is_refused():
     free = optim.make(Optim(name="schedule_free", schedule="constant"), 9, abstract())
     with pytest.raises(UserError, match="train.ema: schedule_free averages by itself"):
         optim.averaging(free, 0.9).init(arrays(0))
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_traced_knobs_give_what_constants_give(name):
+    """And one program serves other rates, decays and schedules."""
+    seen = []
+
+    def updates(given, knobs, w, grads):
+        tx = optim.make(given, 9, abstract(), given=knobs)
+        seen.append(given)
+        out, state = [], tx.init(w)
+        for g in grads:
+            u, state = tx.update(g, state, w)
+            out.append(u)
+            w = optax.apply_updates(w, u)
+        return out
+
+    base = {"name": name, "schedule": "constant" if name == "schedule_free" else "cosine", "layer_decay": 0.8}
+    grads, w = [arrays(s) for s in (1, 2, 3)], arrays(0)
+    first = Optim(learning_rate=0.1, weight_decay=0.1, warmup=3, **base)
+    other = Optim(learning_rate=0.03, weight_decay=0.01, warmup=0, **base)
+    program = jax.jit(functools.partial(updates, first))
+    for c in (first, other):
+        want = jax.jit(functools.partial(updates, c, None))(w, grads)
+        got = program(optim.knobs(c, 9, abstract()), w, grads)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-9), got, want)
+    assert seen.count(first) == 2  # with constants, and once for both
+
+
+def test_the_rates_of_all_steps_are_those_of_the_schedule():
+    for schedule in ("cosine", "linear", "constant", "wsd"):
+        c = Optim(learning_rate=1e-3, schedule=schedule)
+        single = jax.jit(optim.schedule(c, 50))
+        np.testing.assert_allclose(optim.knobs(c, 50, abstract())["rate_S"], [single(n) for n in range(50)], rtol=1e-6)
