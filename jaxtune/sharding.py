@@ -114,8 +114,8 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, lead: int = 0, column: str = "") -> NamedSharding:
-    """The sharding of a batch column, after `lead` axes that are not split: rows, and of `…_BT` also their length."""
-    length = ("context",) if column.endswith("_BT") else ()
+    """The sharding of a batch column, after `lead` axes that are not split: rows, and of `…_BT…` also their length."""
+    length = ("context",) if column.rpartition("_")[2].startswith("BT") else ()
     return NamedSharding(mesh, PartitionSpec(*(None,) * lead, BATCH_AXES, *length))
 
 

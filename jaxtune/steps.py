@@ -3,6 +3,7 @@
 Dimensions: A micro-batches of a step, R rows of a batch, B rows of a micro-batch, T time, N devices.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune import config, distributed, optim, sharding
+from jaxtune import config, distributed, optim, sharding, teacher
 from jaxtune.blueprint import Blueprint
 from jaxtune.clock import Clock
 from jaxtune.data.pipeline import Batch
 from jaxtune.job import Job
+from jaxtune.nodes.grid import Scheme, fake_quantized
 from jaxtune.nodes.product import with_products
-from jaxtune.objectives import OBJECTIVES
+from jaxtune.objectives import OBJECTIVES, Objective
 from jaxtune.training import WISHES, State, make_step
 
 Tree = Any
@@ -78,25 +80,61 @@ class Steps:
         return self._last is not None and not self._last.is_ready()
 
 
-def compile_step(job: Job, length: int | None = None) -> Any:
+def fresh(job: Job, trainable: Tree, frozen: Tree) -> State:
+    """The state before the first step, of weights in their places."""
+    where = jax.tree.map(lambda s: s.sharding, job.state.optimiser)
+    optimiser = jax.jit(job.tx.init, out_shardings=where)(trainable)
+    key = jax.random.key_data(jax.random.key(job.config.train.seed + 1))
+    zero, key = jax.device_put((jnp.int32(0), key), sharding.replicated(job.mesh))
+    return State(trainable, frozen, optimiser, zero, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled step with the numbers that it takes beside state and batch, see `optim.knobs`."""
+
+    compiled: jax.stages.Compiled
+    knobs: Tree
+
+    def __call__(self, state: State, batches: Mapping[str, Any]) -> Any:
+        return self.compiled(state, batches, self.knobs)
+
+    def as_text(self) -> Any:
+        """Its optimised program."""
+        return self.compiled.as_text()
+
+    def memory_analysis(self) -> Any:
+        """What the compiler says of its memory, where it says so."""
+        return self.compiled.memory_analysis()
+
+
+def compile_step(job: Job, length: int | None = None) -> Step:
     """The step that trains, compiled from shapes for rows of a length, the greatest where none is given."""
-    return lower_step(job, length).compile()
+    compiled = lower_step(job, length).compile()
+    whole = sharding.replicated(job.mesh)
+    return Step(compiled, jax.tree.map(lambda x: distributed.put(np.asarray(x), whole), job.knobs()))
 
 
 def lower_step(job: Job, length: int | None = None) -> jax.stages.Lowered:
     """The step that trains, before the compiler of the job's mesh has seen it."""
     c = job.config
     weight = job.blueprint.decoder.router_loss if c.train.router_loss is None else c.train.router_loss
-    b = job.blueprint
-    step = make_step(
-        _trained_as(c.train, apply_of(b)), OBJECTIVES[c.objective], job.tx, weight, b.method.penalty, c.train.neftune,
-        skip=c.train.nonfinite == "skip",
-    )  # fmt: skip
+    apply, objective = both_of(job, _products(c.train))
+
+    def step(state: State, batches: Mapping[str, Any], knobs: Tree) -> Any:
+        return make_step(
+            apply, objective, job.turned(knobs), weight, job.blueprint.method.penalty, c.train.neftune,
+            skip=c.train.nonfinite == "skip",
+        )(state, batches)  # fmt: skip
+
     out = jax.tree.map(lambda s: s.sharding, job.state), sharding.replicated(job.mesh)
+    whole = sharding.replicated(job.mesh)
+    shapes = jax.eval_shape(job.knobs)
+    knobs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     if c.optim.offload:
         step = optim.one_at_a_time(step, out[0])
     with jax.set_mesh(job.mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments(job, length))
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arguments(job, length), knobs)
 
 
 def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax.ShapeDtypeStruct]]:
@@ -115,12 +153,33 @@ def arguments(job: Job, length: int | None = None) -> tuple[State, dict[str, jax
     return job.state, batch
 
 
-def _trained_as(t: config.Train, apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with its products computed as training asks; measured and exported it is as ever."""
+def _products(t: config.Train) -> Callable[[Tree], Tree]:
+    """Makes weights that are multiplied by as training asks."""
+    if (scheme := rounding(t)) is not None:
+        return lambda weights: fake_quantized(weights, scheme)
     wide = t.reduce_dtype == "float32" and t.compute_dtype != "float32"
-    if t.matmuls == "same" and not wide:
-        return apply
-    return lambda weights, batch: apply(with_products(weights, t.matmuls, wide), batch)
+    return lambda weights: weights if t.matmuls == "same" and not wide else with_products(weights, t.matmuls, wide)
+
+
+def both_of(
+    job: Job, ready: Callable[[Tree], Tree] = lambda w: w, measuring: bool = False
+) -> tuple[Callable[[Tree, Mapping[str, Any]], Any], Objective]:
+    """A job's model, with its teacher if it has one, as a function of all weights and a batch; and its objective.
+
+    Args:
+      job: the job.
+      ready: what is done to the model's own weights before.
+      measuring: whether the loss is that of the data alone.
+    """
+    run, c = apply_of(job.blueprint), job.config
+    if (t := job.teacher) is None:
+        return lambda weights, batch: run(ready(weights), batch), OBJECTIVES[c.objective]
+    return teacher.lessons(t, job.blueprint, run, ready, measuring), teacher.objective(t, c.objective, measuring)
+
+
+def rounding(t: config.Train) -> Scheme | None:
+    """What matrices are rounded to in training, None where they are not."""
+    return None if t.qat == "none" else Scheme(t.qat, t.qat_inputs)
 
 
 def apply_of(b: Blueprint) -> Callable[[Tree, Mapping[str, Any]], Any]:

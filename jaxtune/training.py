@@ -120,6 +120,8 @@ class Hooks(NamedTuple):
     save_now: Callable[[], bool] = lambda: False  # whether to save after this step and go on
     note: Callable[[int, dict[str, float]], None] = lambda n, values: None  # what is odd about a step
     back: Callable[[int, State], State] = lambda n, state: state  # to the last checkpoint's weights; `state` is used up
+    source: Callable[[int, State, Batch], Batch] = lambda n, state, batch: batch  # the batch to take: the one edge that
+    # leads back from weights to data
 
 
 class Every(NamedTuple):
@@ -176,7 +178,7 @@ def loop(
         return guards.nonfinite != "rollback"
 
     for n in range(start + 1, total + 1):
-        batch = next(batches)
+        batch = hooks.source(n, state, next(batches))
         state, report = step(state, put(batch))
         if settle():
             pending = n, report, batch  # else this step was taken from weights that are undone

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,29 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Beside:
+    """Further columns of every token, example after example, in files that are there when rows are laid out."""
+
+    folder: Path | None
+    columns: Mapping[str, tuple[tuple[int, ...], str]]  # by name, such as `x_BTK`: shape beyond T, and dtype
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Memory-mapped, `[all tokens, …]`."""
+        if self.folder is None:
+            raise ValueError("these columns are planned, and in no files")
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.columns}
+
+    def nbytes(self, tokens: int) -> int:
+        """Of the files for so many tokens."""
+        return tokens * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.columns.values())
+
+    def empty(self, length: int) -> dict[str, np.ndarray]:
+        """The columns of an empty row."""
+        return {name: np.zeros((length, *shape), dtype) for name, (shape, dtype) in self.columns.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """Encoded examples, which of them share a row, and where each came from."""
 
@@ -42,6 +66,7 @@ class Rows:
     rows: Sequence[Sequence[int]]
     length: int  # T, the greatest
     buckets: tuple[int, ...] = ()  # the lengths T that there are, rising; none: each row has `length`
+    beside: Beside | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,12 +85,27 @@ class Rows:
 
     def lay_out(self, i: int) -> dict[str, np.ndarray]:
         """Row `i` as columns of `[T]`."""
-        examples = [self.examples[k] for k in self.rows[i]]
-        return lay_out(examples, int(self.widths[i]), self.examples[0], self.segments)
+        examples, width = [self.examples[k] for k in self.rows[i]], int(self.widths[i])
+        row = lay_out(examples, width, self.examples[0], self.segments)
+        if self.beside is None:
+            return row
+        more, at = self.beside.empty(width), 0
+        for k in self.rows[i]:
+            n, first = len(self.examples[k].ids), self.starts[k]
+            for name, x in self.beside.arrays.items():
+                more[name][at : at + n] = x[first : first + n]
+            at += n
+        return row | more
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """How many tokens stand before each example, int64."""
+        return np.cumsum([0, *(len(e.ids) for e in self.examples)])
 
     def empty_row(self, length: int) -> dict[str, np.ndarray]:
         """A row without examples, as columns of `[length]`."""
-        return lay_out([], length, self.examples[0], self.segments)
+        row = lay_out([], length, self.examples[0], self.segments)
+        return row if self.beside is None else row | self.beside.empty(length)
 
     def batch(self, row_numbers: Sequence[int], size: int, own: Collection[int] | None = None) -> Batch:
         """These rows, of one length T, filled up with empty ones to `size`; with `own`, those are laid out alone."""
