@@ -21,6 +21,7 @@ from jaxtune.nodes.quantized import Quantized, block, quantize
 from jaxtune.weights import Array, densify, is_node, map_nodes, path_name, under
 
 TRAIN, FROZEN, CHOSEN = "train", "freeze", "chosen"
+TEACHER, MATCHING = BESIDE = ("teacher", "matching")  # of distillation, next to a model's own weights
 Tree = Any
 Wrap = Callable[[str, Weight, Array], Any]
 
@@ -178,6 +179,12 @@ def split(weights: Tree, labels: Tree) -> tuple[Tree, Tree]:
 def join(trainable: Tree, frozen: Tree) -> Tree:
     """The tree that `split` took apart."""
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda x: x is None)
+
+
+def student(tree: Tree) -> Tree:
+    """Of a tree with what trains beside a model, or is looked at there, the model alone: its trainable half, its frozen
+    half, or the whole."""
+    return {name: x for name, x in tree.items() if name not in BESIDE}
 
 
 def merge(weights: Tree) -> Tree:
