@@ -35,7 +35,11 @@ Prompt = str | Sequence[int]  # text, or its tokens
 
 
 class Generation(NamedTuple):
-    """One finished text."""
+    """One finished text.
+
+    >>> Generation(" Apples.", [17, 4], "stop", [-0.1, -0.2]).finish
+    'stop'
+    """
 
     text: str
     ids: list[int]  # new tokens, without the one that ended it
@@ -52,6 +56,10 @@ class Scored(NamedTuple):
 
 class Generator:
     """Texts from prompts, by one set of weights.
+
+    >>> model = jaxtune.load("runs/demo")  # doctest: +SKIP
+    >>> model.generator.generate(["The fox"], Sampling(max_new_tokens=4))[0].text  # doctest: +SKIP
+    ' eats berries.'
 
     On CPU it holds the weights layer by layer (a copy, where they are stacked): XLA copies what it slices in a loop.
     """

@@ -17,7 +17,11 @@ _NEVER = -1e9  # transformers' score of what must not be chosen; its arithmetic 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the order is penalty, temperature, top-k, top-p, as in transformers."""
+    """How the next token is chosen; the order is penalty, temperature, top-k, top-p, as in transformers.
+
+    >>> Sampling(temperature=0.7, top_p=0.95, stop=("\\n",)).max_new_tokens
+    256
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy

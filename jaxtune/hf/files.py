@@ -21,7 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxtune.errors import UserError
+from jaxtune.errors import Interrupted, UserError
 from jaxtune.hf import layout
 from jaxtune.layers import is_weight
 from jaxtune.weights import path_name
@@ -245,6 +245,14 @@ def write_folder(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def refuse_full(folder: Path) -> None:
+    """Raises: UserError: the folder exists and holds something, or is a file."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; choose another folder or remove it")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+
+
 @contextlib.contextmanager
 def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder that appears by rename when it is complete, or not at all.
@@ -252,8 +260,8 @@ def whole(folder: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
       UserError: it exists already (and `replace` is not set), or the disk is full.
     """
-    if folder.exists() and not replace and any(folder.iterdir()):
-        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    if not replace:
+        refuse_full(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     for stale in folder.parent.glob(f".{folder.name}.*.*"):
         if re.fullmatch(r".*\.(\d+)\.(tmp|old)", stale.name) and not _alive(int(stale.name.split(".")[-2])):
@@ -287,8 +295,7 @@ def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
       UserError: the folder exists already, another process writes it, or the disk is full (what is there stays).
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    refuse_full(folder)
     half = partial(folder)
     half.mkdir(parents=True, exist_ok=True)
     note = half / ".about.json"
@@ -308,6 +315,8 @@ def resumable(folder: Path, about: Mapping[str, Any]) -> Iterator[Path]:
         except OSError as e:
             place = f"what is written stays in {half.name}"
             raise UserError(f"{folder}: cannot write ({e.strerror or e}); {place}, run it again to go on") from e
+        except Interrupted:
+            raise
         except Exception:
             shutil.rmtree(half)
             raise

@@ -183,7 +183,7 @@ def half_split(w_OI: np.ndarray, heads: int) -> np.ndarray:
     >>> half_split(np.arange(8)[:, None], 2).ravel()
     array([0, 2, 1, 3, 4, 6, 5, 7])
     """
-    O, I = w_OI.shape  # noqa: E741
+    O, I = w_OI.shape
     return w_OI.reshape(heads, O // heads // 2, 2, I).swapaxes(1, 2).reshape(O, I)
 
 

@@ -40,11 +40,22 @@ def load(folder: Path) -> Any:
                     (Path(tmp) / name).write_bytes(blob)
             tokenizer = _open(Path(tmp), folder, "PreTrainedTokenizerFast")  # others make theirs anew
     else:
-        tokenizer = _open(folder, folder, "AutoTokenizer")
+        tokenizer = _open(folder, folder, "PreTrainedTokenizerFast" if _is_plain(folder) else "AutoTokenizer")
     tokenizer.model_max_length = int(1e30)  # rows are cut to data.max_length here, so its warning would mislead
     if isinstance(tokenizer.chat_template, dict):  # several by name
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a LLaMA's folder names the general class: AutoTokenizer takes it too, after it has imported torch."""
+    named = _read_json(folder / "tokenizer_config.json")
+    return (
+        named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        and "auto_map" not in named
+        and (folder / "tokenizer.json").exists()
+        and _read_json(folder / "config.json").get("model_type") == "llama"
+    )
 
 
 def _open(folder: Path, place: Path, kind: str) -> Any:
@@ -100,3 +111,13 @@ def check_size(tokenizer: Any, rows: int, place: str) -> None:
 def size(tokenizer: Any) -> int:
     """One more than the largest id."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def first_difference(a: Any, b: Any) -> tuple[int, str | None, str | None] | None:
+    """The first id for which two tokenizers have not the same token, and what they have; special tokens count too.
+
+    How text is cut into these tokens is not compared: only one of the two will do so.
+    """
+    mine, other = ({i: t for t, i in x.get_vocab().items()} for x in (a, b))
+    ids = (i for i in sorted({*mine, *other}) if mine.get(i) != other.get(i))
+    return next(((i, mine.get(i), other.get(i)) for i in ids), None)

@@ -13,7 +13,7 @@ class IA3(Node):
     """`(x W) · l`, or `(x · l) W` for `inputs` — IA³ (Liu et al., 2022, https://arxiv.org/abs/2205.05638)."""
 
     base: Any
-    l: Any  # noqa: E741 — the paper's name, and peft's
+    l: Any
     inputs: bool = static(default=False)
     axes: int = static(default=1)  # of one matrix that `l` has
 

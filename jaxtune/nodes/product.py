@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxtune.errors import UserError
 from jaxtune.nodes.lora import LoRA
+from jaxtune.nodes.masked import Masked
 from jaxtune.nodes.noisy import Noisy
 from jaxtune.nodes.quantized import Quantized
 from jaxtune.weights import Array, Node, apply, densify, is_node, node, parts, path_name, precision, static, take
@@ -25,7 +26,8 @@ _BITS8 = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5
 
 @node
 class Product(Node):
-    """An array whose products are computed as said; the array itself, and what else is done with it, stay the same."""
+    """An array, masked or not, whose products are computed as said; itself, and what else is done with it, stay the
+    same."""
 
     base: Any
     matmuls: str = static(default="same")  # same · int8 · fp8
@@ -34,7 +36,7 @@ class Product(Node):
 
 @apply.register
 def _(w: Product, eqn: str, x: Array) -> Array:
-    return _product(eqn, w.matmuls, w.wide, x, w.base)
+    return _product(eqn, w.matmuls, w.wide, x, densify(w.base))
 
 
 @take.register
@@ -44,7 +46,7 @@ def _(w: Product, ids: Array, dtype: Any) -> Array:
 
 @densify.register
 def _(w: Product) -> Any:
-    return w.base
+    return densify(w.base)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -84,8 +86,8 @@ def _einsum(eqn: str, kind: str, a: Array, b: Array, dtype: Any, gradient: int |
     return qwix.einsum(eqn, *rounded, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def check_qwix() -> None:
-    """Look for qwix, which rounds.
+def check_qwix(who: str = "train.matmuls") -> None:
+    """Look for qwix, which rounds, for what needs it.
 
     Raises:
       UserError: it is not there.
@@ -93,7 +95,7 @@ def check_qwix() -> None:
     try:
         import qwix  # noqa: F401
     except ImportError as e:
-        raise UserError("train.matmuls needs qwix; pip install 'jaxtune[quant]'") from e
+        raise UserError(f"{who} needs qwix; pip install 'jaxtune[quant]'") from e
 
 
 def with_products(weights: Tree, matmuls: str = "same", wide: bool = False) -> Tree:
@@ -123,7 +125,7 @@ def with_products(weights: Tree, matmuls: str = "same", wide: bool = False) -> T
 
 
 def _within(name: str, w: Any, kind: str, wide: bool) -> Any:
-    if not is_node(w):
+    if not is_node(w) or isinstance(w, Masked):
         return Product(w, kind, wide)
     if isinstance(w, Quantized) and kind == "same":
         return w  # never trains
