@@ -194,6 +194,12 @@ def test_defaults_are_theirs():
         ({"save_strategy": "epoch"}, "checkpoint", {"every": 0}),
         ({"resume_from_checkpoint": False}, "checkpoint", {"resume": "never"}),
         ({"add_tokens": "<a>,<b>"}, "vocabulary", {"add": ["<a>", "<b>"], "special": [], "grow": True, "multiple": 64}),
+        (
+            {"report_to": "wandb,tensorboard", "run_name": "first", "project": "sums"},
+            "track",
+            {"to": ["wandb"], "project": "sums", "name": "first"},
+        ),
+        ({"report_to": ["mlflow"]}, "track", {"to": ["mlflow"]}),
         ({"resize_vocab": True}, "tuning", {"train": ["embeddings", "head"]}),
     ],
 )  # fmt: skip
@@ -328,12 +334,15 @@ MEANT = {
     "pissa_init": True,
     "preprocessing_num_workers": 3,
     "preserve_thinking": (True, {"template": "qwen3", "mask_history": True}),
+    "project": ("x", {"report_to": "wandb"}),
     "pure_bf16": True,
     "quantization_bit": 4,
     "quantization_method": ("hqq", {"quantization_bit": 4}),
     "quantization_type": ("fp4", {"quantization_bit": 4}),
+    "report_to": "wandb",
     "resize_vocab": True,
     "resume_from_checkpoint": "x",
+    "run_name": ("x", {"report_to": "wandb"}),
     "save_steps": 3,
     "save_strategy": "no",
     "save_total_limit": 2,
@@ -404,6 +413,21 @@ def test_our_templates_are_there():
 def test_keys_without_effect_are_noted():
     notes = translate({**BASE, "finetuning_type": "full", "lora_rank": 8}).notes
     assert "lora_rank: 8 – has no effect beside the other keys" in notes
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("none", "report_to: none – TensorBoard events, metrics.jsonl and loss.png are always written"),
+        ("all", "report_to: all – nothing is sent unless it is named"),
+        ("swanlab", "report_to: swanlab – swanlab is not here; track.to takes wandb, trackio, mlflow"),
+    ],
+)
+def test_nothing_is_reported_where_no_tracker_of_ours_is_named(value, said):
+    t = translate({**BASE, "report_to": value, "run_name": "x"})
+    assert "track" not in t.tree
+    assert any(note.startswith(said) for note in t.notes)
+    assert "run_name: x – has no effect beside the other keys" in t.notes
 
 
 def test_values_over_a_file_are_theirs_or_ours(tmp_path):

@@ -16,7 +16,19 @@ from jaxtune.config.llamafactory import data, training, tuning
 from jaxtune.config.llamafactory.keys import Keys, line
 from jaxtune.config.llamafactory.names import KNOWN
 
-OWN = ("model", "output", "data", "vocabulary", "objective", "tuning", "train", "evaluate", "checkpoint", "mesh")
+OWN = (
+    "model",
+    "output",
+    "data",
+    "vocabulary",
+    "objective",
+    "tuning",
+    "train",
+    "evaluate",
+    "checkpoint",
+    "mesh",
+    "track",
+)
 
 _STAGES = {"sft": "sft", "pt": "pretrain"}
 
@@ -65,7 +77,7 @@ def translate(given: Mapping[str, Any], place: str, folder: Path, devices: Calla
     tree["data"] = data.section(k, tree["objective"])
     tree["tuning"] = tuning.section(k)
     tree |= {"optim": training.optim(k), "train": training.train(k, devices), "evaluate": training.evaluate(k, devices)}
-    tree["checkpoint"] = training.checkpoint(k)
+    tree |= {"checkpoint": training.checkpoint(k), "track": training.track(k)}
     if vocabulary := data.vocabulary(k, tree["tuning"]):
         tree["vocabulary"] = vocabulary
     k.note_the_rest()

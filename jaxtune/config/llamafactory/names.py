@@ -26,12 +26,12 @@ _NOTED = {
     ),
     "TensorBoard events, metrics.jsonl and loss.png are always written, and sent nowhere": (
         "include_effective_tokens_per_second include_num_input_tokens_seen include_tokens_per_second log_level "
-        "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter plot_loss project "
-        "report_to run_name swanlab_api_key swanlab_lark_secret swanlab_lark_webhook_url swanlab_logdir swanlab_mode "
-        "swanlab_project swanlab_run_name swanlab_workspace trackio_bucket_id trackio_space_id "
-        "trackio_static_space_id use_swanlab print_param_status disable_tqdm"
+        "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter plot_loss "
+        "swanlab_api_key swanlab_lark_secret swanlab_lark_webhook_url swanlab_logdir swanlab_mode "
+        "swanlab_project swanlab_run_name swanlab_workspace use_swanlab print_param_status disable_tqdm"
     ),
-    "nothing is uploaded; `hf upload OWNER/NAME RUN/export` does": (
+    "Trackio's place is set by TRACKIO_SPACE_ID": "trackio_bucket_id trackio_space_id trackio_static_space_id",
+    "nothing is uploaded by itself; `jaxtune push RUN OWNER/NAME` does": (
         "hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token push_to_hub "
         "push_to_hub_model_id push_to_hub_organization push_to_hub_token"
     ),
@@ -119,10 +119,10 @@ TRANSLATED = frozenset(
     "lr_scheduler_kwargs lr_scheduler_type mask_history max_grad_norm max_samples max_steps metric_for_best_model "
     "mix_strategy model_name_or_path moe_aux_loss_coef neat_packing neftune_noise_alpha num_train_epochs optim "
     "output_dir overwrite_output_dir packing per_device_eval_batch_size per_device_train_batch_size pissa_init "
-    "preprocessing_num_workers preserve_thinking pure_bf16 quantization_bit quantization_method quantization_type "
-    "resize_vocab resume_from_checkpoint save_steps save_strategy save_total_limit seed stage streaming template "
-    "tokenized_path train_on_prompt use_dora use_galore use_muon use_rslora val_size warmup_ratio warmup_steps "
-    "weight_decay".split()
+    "preprocessing_num_workers preserve_thinking project pure_bf16 quantization_bit quantization_method "
+    "quantization_type report_to resize_vocab resume_from_checkpoint run_name save_steps save_strategy "
+    "save_total_limit seed stage streaming template tokenized_path train_on_prompt use_dora use_galore use_muon "
+    "use_rslora val_size warmup_ratio warmup_steps weight_decay".split()
 )
 
 

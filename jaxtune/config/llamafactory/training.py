@@ -178,3 +178,26 @@ def checkpoint(k: Keys) -> dict[str, Any]:
     elif resume is not True:
         raise k.error("resume_from_checkpoint", "true, false or a path was expected")
     return checkpoint
+
+
+_LOCAL, _TRACKERS = ("none", "tensorboard"), ("wandb", "trackio", "mlflow")
+
+
+def track(k: Keys) -> dict[str, Any]:
+    """Our track section."""
+    asked = k.names("report_to")
+    to = [name for name in asked if name in _TRACKERS]
+    if "all" in asked:
+        k.note("report_to", f"nothing is sent unless it is named: track.to takes {', '.join(_TRACKERS)}")
+    elif other := [name for name in asked if name not in (*_LOCAL, *_TRACKERS)]:
+        k.note("report_to", f"{', '.join(other)} is not here; track.to takes {', '.join(_TRACKERS)}")
+    elif not to and "report_to" in k:
+        k.note("report_to", "TensorBoard events, metrics.jsonl and loss.png are always written")
+    if not to:
+        return {}
+    track: dict[str, Any] = {"to": to}
+    if "project" in k:
+        track["project"] = k.text("project", "")
+    if "run_name" in k:
+        track["name"] = k.text("run_name", "")
+    return track
