@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -27,11 +27,50 @@ def _recipe(name: str) -> Path:
     return known[name.removesuffix(".yaml")]
 
 
+GROUPS = (
+    "start here",
+    "chat",
+    "tasks",
+    "pre-training",
+    "after training",
+    "search",
+)  # in the order that they are shown in
+
+
+class Recipe(NamedTuple):
+    """What a recipe's first comment says: `# For: group; method; hardware`, and its first line."""
+
+    name: str
+    group: str
+    method: str
+    hardware: str
+    title: str
+
+
+def read_recipe(file: Path) -> Recipe:
+    """The head of a recipe."""
+    lines = [line.removeprefix("#").strip() for line in file.read_text().splitlines() if line.startswith("#")]
+    purpose = next((line for line in lines if line.startswith("For: ")), "For: others; ; ")
+    group, method, hardware = (word.strip() for word in purpose.removeprefix("For:").split(";"))
+    return Recipe(file.stem, group, method, hardware, lines[0])
+
+
 @recipes.command("ls")
-def recipes_ls() -> None:
-    """List the recipes, with the first line of each."""
-    files = sorted(recipe_folder().glob("*.yaml"))
-    log.table([(f.stem, f.read_text().splitlines()[0].lstrip("# ")) for f in files])
+def recipes_ls(
+    words: Annotated[list[str] | None, typer.Argument(help="Only those with all of these words: qlora v5e-8.")] = None,
+) -> None:
+    """List the recipes by what they are for, with method, hardware and the first line of each."""
+    found = [read_recipe(f) for f in sorted(recipe_folder().glob("*.yaml"))]
+    found = [r for r in found if all(w.lower() in " ".join(r).lower() for w in words or ())]
+    if not found:
+        raise UserError(f"no recipe has all of the words {', '.join(words or ())}; `jaxtune recipes ls` lists all")
+    widths = [max(len(r[i]) for r in found) for i in (0, 2, 3)]
+    for group in (*GROUPS, *sorted({r.group for r in found} - {*GROUPS})):
+        for i, r in enumerate(r for r in found if r.group == group):
+            if i == 0:
+                log.say(f"{group}:")
+            cells = (c.ljust(w) for c, w in zip((r.name, r.method, r.hardware), widths, strict=True))
+            log.say(f"  {'  '.join(cells)}  {r.title}")
 
 
 @recipes.command("show")
