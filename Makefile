@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: .venv/installed
 	$(BIN)/jaxtune train configs/quickstart.yaml output=runs/quickstart
@@ -17,6 +17,9 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed-test
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -28,4 +31,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-openai1 runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-openai1 runs site .pytest_cache .mypy_cache .ruff_cache

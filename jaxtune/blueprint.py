@@ -14,13 +14,14 @@ import numpy as np
 
 from jaxtune import kernels, log, sharding
 from jaxtune.errors import UserError
-from jaxtune.hf import files, layout, load, tokenizer
+from jaxtune.hf import files, layout, load, quantized, tokenizer
 from jaxtune.hf.adapters import Adapter
 from jaxtune.hf.soft_prompts import SoftPrompts
 from jaxtune.layers import Weight, is_weight, unbox
 from jaxtune.models import families, heads, pipeline
 from jaxtune.models.decoder import Decoder, DecoderConfig, abstract_weights
 from jaxtune.models.heads import TaskHead
+from jaxtune.nodes.masked import Masked
 from jaxtune.tuning import method as tuning
 from jaxtune.tuning.method import CHOSEN, FROZEN, Method
 from jaxtune.weights import densify, is_node, path_name, under
@@ -134,6 +135,7 @@ def draw(
     """
     hf = read_config(folder)
     decoder = families.from_hf(hf, str(folder / "config.json"))
+    quantized.check(hf.get(quantized.KEY), str(folder / "config.json"))
     own = decoder.task
     if task != "own" and task != own:
         tied = bool(hf.get("tie_word_embeddings", decoder.tied)) and task is None
@@ -144,6 +146,8 @@ def draw(
     laid, where, places = lay_out(laid, mesh, attention, rules)
     decoder, method, plain, weights, labels = laid
     stored: Mapping[str, load.Stored] = load.read_folder(folder, plain, decoder.family)
+    if hf.get(quantized.KEY):
+        stored = quantized.dense_tensors(stored, hf[quantized.KEY], str(folder))
     stored = heads.renamed(stored, own, decoder.family, back=True)
     if decoder.task is not None:
         stored = load.with_head(stored, plain, decoder.family, own == decoder.task, seed)
@@ -191,6 +195,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: has no config.json; a Hugging Face model folder was expected") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{file}: not JSON ({e}); copy or download it again") from e
+
+
+def dense_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json for its tensors as they are read: without quantisation."""
+    return {k: v for k, v in read_config(folder).items() if k != quantized.KEY}
 
 
 def materialise(b: Blueprint, key: jax.Array, base: bool = True, shared: Mapping[str, Tree] | None = None) -> Tree:
@@ -294,8 +303,11 @@ def full_tensors(
     plain = {path_name(p): w for p, w in jax.tree_util.tree_leaves_with_path(b.plain, is_leaf=is_weight)}
     for path, w in leaves:
         name = path_name(path)
-        base = plain[name]
-        trained = not is_node(w) and labels[name] != FROZEN
+        base, mask = plain[name], None
+        if isinstance(w, Masked):
+            w, mask = w.whole, w.mask
+        label = labels.get(name if mask is None else f"{name}/whole", FROZEN)
+        trained = not is_node(w) and label != FROZEN
         names = layout.hf_names(name, base, b.decoder.family)
         table = "vocab" in base.names
         beside = name.endswith("/bias") and labels.get(f"{name.removesuffix('bias')}weight", FROZEN) != FROZEN
@@ -312,7 +324,7 @@ def full_tensors(
                 at: Any = at,
                 t: load.Stored = tensor,
                 trained: bool = trained,
-                chosen: bool = labels.get(name) == CHOSEN,
+                chosen: bool = label == CHOSEN,
             ) -> np.ndarray:
                 if not trained:
                     return _merged(w, base, at, t) if is_node(w) and w is not under(w) else t.open()
@@ -321,9 +333,19 @@ def full_tensors(
                     return t.open()
                 return array
 
-            def final(data: Callable[[], np.ndarray] = data, to: np.dtype = wanted, n: int = rows) -> np.ndarray:
+            def final(
+                data: Callable[[], np.ndarray] = data,
+                to: np.dtype = wanted,
+                n: int = rows,
+                mask: Any = mask,
+                base: Weight = base,
+                at: Any = at,
+            ) -> np.ndarray:
                 with np.errstate(over="ignore"):  # what becomes infinite is refused when it is written
-                    return data()[:n].astype(to, copy=False)
+                    array = data()[:n].astype(to, copy=False)
+                if mask is None:
+                    return array
+                return np.where(layout.to_hf(np.asarray(layout.pick(mask, at)), base), array, np.zeros((), to))
 
             out[hf_name] = files.Entry((rows, *tensor.shape[1:]), wanted, final)
     if only_whole:
@@ -339,8 +361,8 @@ def full_tensors(
 
 
 def write_config(folder: Path, hf: Mapping[str, Any], decoder: DecoderConfig, dtype: str | None = None) -> None:
-    """Write config.json where it is not there as it should be: with the number of tokens, the head, and the dtype if
-    given."""
+    """Write config.json where it is not there as it should be: with the number of tokens, the head, the dtype if given,
+    and quantised or not as `hf` says."""
     changed: dict[str, Any] = {"vocab_size": decoder.vocab}
     if dtype is not None:
         changed["dtype" if "dtype" in hf else "torch_dtype"] = dtype
@@ -349,8 +371,10 @@ def write_config(folder: Path, hf: Mapping[str, Any], decoder: DecoderConfig, dt
         end = hf.get("eos_token_id")
         own = tokenizer.pad_id(folder)  # as users will pad
         changed["pad_token_id"] = own if own is not None else end[0] if isinstance(end, list) else end
-    if not (folder / "config.json").exists() or any(hf.get(k) != v for k, v in changed.items()):
-        (folder / "config.json").write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
+    file = folder / "config.json"
+    other = not file.exists() or read_config(folder).get(quantized.KEY) != hf.get(quantized.KEY)
+    if other or any(hf.get(k) != v for k, v in changed.items()):
+        file.write_text(json.dumps({**hf, **changed}, indent=2) + "\n")
 
 
 def _merged(node: Any, base: Weight, at: dict[str, int], tensor: load.Stored) -> np.ndarray:

@@ -32,9 +32,9 @@ T = TypeVar("T")
 # What may differ between a run and its resumption; everything else would change what the run means. Model and data are
 # compared by what they hold, not by where they lie.
 _FREE = (
-    "output", "model", "data", "checkpoint", "evaluate", "mesh", "train.log_every", "train.remat", "train.attention",
-    "train.nonfinite", "train.spike", "train.profile", "optim.learning_rate", "optim.clip", "optim.offload", "template",
-    "versions",
+    "output", "model", "data", "checkpoint", "evaluate", "mesh", "track", "sweep", "distill.teacher", "distill.columns",
+    "train.log_every", "train.remat", "train.attention", "train.nonfinite", "train.spike", "train.profile",
+    "optim.learning_rate", "optim.clip", "optim.offload", "template", "versions",
 )  # fmt: skip
 _TROUBLE = (OSError, ValueError, RuntimeError)  # tensorstore's ValueError may be a full disk, jax's RuntimeError a host
 _PAUSES = (0.5, 2.0, 5.0)  # seconds between tries of reading what storage does not give

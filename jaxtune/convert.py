@@ -1,18 +1,18 @@
 """A model in another form: Hugging Face folders, caches, other dtypes and shards, from whatever a model is found in."""
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, job, log, sharding, tuned
+from jaxtune import blueprint, card, config, job, log, rewrite, sharding, tuned
 from jaxtune.errors import UserError, nearest
-from jaxtune.hf import adapters, cache, files, foreign, remote, several, tokenizer
+from jaxtune.hf import adapters, files, foreign, remote, several, smaller
 from jaxtune.models import families
-from jaxtune.models.decoder import DecoderConfig, abstract_weights
-from jaxtune.nodes import soft_prompt
 from jaxtune.tuning.method import decoder_names
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -23,16 +23,6 @@ DTYPES: Mapping[str, np.dtype] = {
 FORMS = ("hf", "orbax")
 
 
-class _Source(NamedTuple):
-    """A model that can be written: its tensors when their turn comes, and what lies beside them."""
-
-    decoder: DecoderConfig
-    config: dict[str, Any]
-    tensors: Mapping[str, files.Entry]
-    folders: tuple[Path, ...]  # from which other files are copied; the later win
-    side: Mapping[str, bytes]  # other files that are made
-
-
 def write_model(
     source: str,
     target: Path,
@@ -40,6 +30,7 @@ def write_model(
     dtype: str | None = None,
     to: str = "hf",
     shard_bytes: int = files.SHARD_BYTES,
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Write a model as one whole folder, adapters merged; after a kill, the same call goes on where it was.
 
@@ -50,31 +41,35 @@ def write_model(
       dtype: float32, bfloat16 or float16; each tensor's own where not given.
       to: "hf", a Hugging Face folder; "orbax", a cache that a big model starts from in seconds.
       shard_bytes: the largest safetensors file.
+      layers: those that the model is to have, from 0; all where not given. A student for its teacher, say.
 
     Raises:
-      UserError: the source cannot be opened or holds NaN, or the target exists.
+      UserError: the source cannot be opened or holds NaN, has no such layers, or the target exists.
     """
     for option, value, known in (("--dtype", dtype, list(DTYPES)), ("--to", to, list(FORMS))):
         if value is not None and value not in known:
             raise UserError(f"{option} {value!r} is not known{nearest(value, known)}")
     weights: Mapping[str, float] = {adapter: 1.0} if isinstance(adapter, str) else adapter or {}
     s = _open(source, weights, None if dtype is None else DTYPES[dtype])
+    if layers is not None:
+        s = _of_layers(s, layers)
     sources: list[str | Path] = [source, *weights, *s.folders]
     places = {Path(p).absolute() for p in sources if Path(p).exists()}
-    options = [dtype, to, shard_bytes, *sorted(weights.items())]
+    options = [dtype, to, shard_bytes, *sorted(weights.items()), layers]
     about = {"from": [_fingerprint(p, target) for p in sorted(places)], "as": options}
     with files.resumable(target, about) as folder, log.Progress(sum(t.nbytes for t in s.tensors.values())) as bar:
-        for place in s.folders:
-            mine = files.LICENCE_FILES if place is s.folders[0] else ()
-            names = [f for f in files.SIDE_FILES if place is s.folders[0] or f != "config.json"]
-            files.copy_files(place, folder, [*names, *mine])
-        for name, blob in s.side.items():
-            (folder / name).write_bytes(blob)
-        blueprint.write_config(folder, s.config, s.decoder, dtype)
-        if to == "orbax":
-            cache.write(folder, s.tensors, abstract_weights(s.decoder), s.decoder.family, bar.add)
-        else:
-            files.write_folder(folder, s.tensors, shard_bytes, bar.add, keep=True)
+        rewrite.write(folder, s, dtype, to, shard_bytes, bar.add)
+        _write_card(folder, target.name, source, weights, s, dtype, layers)
+
+
+def _of_layers(s: rewrite.Source, layers: Sequence[int]) -> rewrite.Source:
+    """The same model of some of its layers."""
+    if list(layers) != sorted({*layers}):
+        raise UserError(f"--layers {','.join(map(str, layers))}: give rising numbers, each once")
+    made = smaller.drop_layers(s.tensors, s.config, layers)
+    hf = {**s.config, **made.changes}
+    side = {**s.side, "config.json": (json.dumps(hf, indent=2) + "\n").encode()}
+    return s._replace(decoder=families.from_hf(hf, "config.json"), config=hf, tensors=made.tensors, side=side)
 
 
 def write_adapter(base: str, target: Path, weights: Mapping[str, float]) -> None:
@@ -104,9 +99,42 @@ def write_adapter(base: str, target: Path, weights: Mapping[str, float]) -> None
         words = [f for f in files.SIDE_FILES if f not in ("config.json", "generation_config.json")]
         files.copy_files(job.tokenizer_folder(b.folder, read), folder, words)
         adapters.write(folder, nodes, decoder_names(b.decoder), known_as, b.decoder.family, brings)
+        given = card.Base(base, b.folder)
+        rows = [(Path(p).resolve().name, weight) for p, weight in weights.items()]
+        summary = f"LoRA adapters of `{given.shown}`, added up into one."
+        sections = [("Merged", card.table([("adapter", "weight"), *rows]))]
+        load = card.loading(card.PIPELINES[None], card.has_chat_template(folder), adapter=True)
+        made = card.derived(target.name, summary, given, "adapter", sections, tags=["lora", "merged"], load=load)
+        card.write(folder, dataclasses.replace(made, library="peft"))
 
 
-def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> _Source:
+def _write_card(
+    folder: Path,
+    name: str,
+    source: str,
+    weights: Mapping[str, float],
+    s: rewrite.Source,
+    dtype: str | None,
+    layers: Sequence[int] | None,
+) -> None:
+    """The card: of what was merged how, with the training that its own card tells of."""
+    base, merged, text = rewrite.origin(source, list(weights), s.folders)
+    cast = f", in {dtype}" if dtype else ""
+    cast += f", its layers {', '.join(map(str, layers))} alone" if layers is not None else ""
+    if merged:
+        rows = [(Path(p).resolve().name, weights.get(p, 1.0)) for p in merged]
+        sections = [("Merged", card.table([("adapter", "weight"), *rows]))]
+        summary = f"`{base.shown}` with {'adapters' if len(rows) > 1 else 'an adapter'} merged into its weights{cast}."
+        relation: Any = "merge" if len(rows) > 1 else "finetune"
+    else:
+        sections, summary, relation = [], f"`{base.shown}` in another form{cast}.", None
+    head = s.decoder.task
+    load = card.loading(card.PIPELINES[head.kind if head else None], card.has_chat_template(folder))
+    tags = ["merged"] if merged else []
+    card.write(folder, card.derived(name, summary, base, relation, sections, text, tags, load))
+
+
+def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> rewrite.Source:
     path = Path(source)
     llama2c = path.is_file() and path.suffix == ".bin"
     if llama2c or (not (path / "config.json").exists() and any(path.glob("consolidated.*.pth"))):
@@ -117,24 +145,15 @@ def _open(source: str, weights: Mapping[str, float], dtype: np.dtype | None) -> 
         return _foreign((foreign.open_llama2c if llama2c else foreign.open_meta)(path), dtype, source)
     mesh = sharding.make_mesh(config.Mesh())
     with jax.set_mesh(mesh):
-        b, tree, side, template, _ = tuned.open_weights(source, weights or None, None, mesh, base=False)
-    if soft_prompt.of(tree) is not None:
-        raise UserError(
-            f"{', '.join(weights) or source}: a prompt is no part of the weights, so there is no whole model with it; "
-            "use it as an adapter: `jaxtune chat`, `predict` and `evaluate` take the folder, and so does peft"
-        )
-    if any((side / f).exists() for f in tokenizer.FILES):
-        tokenizer.check_size(tokenizer.load(side), b.decoder.vocab, str(side))
-    made = {} if template is None else {"chat_template.jinja": template.encode()}
-    folders = (b.folder,) if side == b.folder else (b.folder, side)
-    return _Source(b.decoder, blueprint.read_config(b.folder), blueprint.full_tensors(b, tree, dtype), folders, made)
+        opened = tuned.open_weights(source, weights or None, None, mesh, base=False)
+    return rewrite.of(opened, ", ".join(weights) or source, dtype)
 
 
-def _foreign(found: foreign.Foreign, dtype: np.dtype | None, place: str) -> _Source:
+def _foreign(found: foreign.Foreign, dtype: np.dtype | None, place: str) -> rewrite.Source:
     tensors = found.tensors
     if dtype is not None:
         tensors = {n: _cast(t, dtype) for n, t in tensors.items()}
-    return _Source(families.from_hf(found.config, place), found.config, tensors, (), found.side)
+    return rewrite.Source(families.from_hf(found.config, place), found.config, tensors, (), found.side)
 
 
 def _cast(entry: files.Entry, dtype: np.dtype) -> files.Entry:

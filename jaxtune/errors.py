@@ -2,7 +2,14 @@
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The CLI exits with 2 on it."""
+    """Something that the user can put right. The CLI exits with 2 on it.
+
+    >>> try:
+    ...     jaxtune.train(model="demo", optim={"lerning_rate": 1e-3})
+    ... except jaxtune.UserError as e:
+    ...     print(e)  # doctest: +SKIP
+    config: unknown key optim.lerning_rate; did you mean 'learning_rate'?
+    """
 
 
 class Interrupted(Exception):

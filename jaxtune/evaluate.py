@@ -23,7 +23,8 @@ def make_sums(apply: Apply, objective: Objective) -> Sums:
 def scores(
     sums: Sums, weights: Any, rows: Rows, batch_size: int, put: Callable[[Batch], Mapping[str, Array]]
 ) -> dict[str, float]:
-    """`loss` (nats per token), `perplexity`, and `accuracy` (share of tokens guessed first), over all rows.
+    """`loss` (nats per token), `perplexity`, `accuracy` (share of tokens guessed first), and further means that the
+    objective has, over all rows.
 
     Sums are added up on the host in double precision, so the result does not depend on the batch size.
     """
@@ -33,5 +34,5 @@ def scores(
         totals.update({"loss": float(loss_sum), "count": float(count), **{k: float(v) for k, v in metrics.items()}})
     count = max(totals["count"], 1.0)
     loss = totals["loss"] / count
-    accuracy = {"accuracy": totals["hits"] / count} if "hits" in totals else {}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **accuracy}
+    means = {"accuracy" if k == "hits" else k: x / count for k, x in totals.items() if k not in ("loss", "count")}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **means}

@@ -47,7 +47,7 @@ def model_folder(folder: Path, prepare: Callable[[Config], Any]) -> Path:
             found, _ = checkpoints.restore(step, wanted)
             trained = found["trainable"] if best else optim.averaged(found["optimiser"], found["trainable"])
             frozen = unbox(blueprint.materialise(b, jax.random.key(c.train.seed), base=False))
-            parts = trained, tuning_method.split(frozen, b.labels)[1]
+            parts = tuning_method.student(trained), tuning_method.split(frozen, b.labels)[1]
             weights = tuning_method.join(*(parts if distributed.count() == 1 else distributed.gathered(parts)))
         if distributed.first():
             _write(target, job, blueprint.boxed(b, weights))
@@ -62,7 +62,7 @@ def _write(target: Path, job: Any, weights: Any) -> None:
     with files.whole(target, replace=True) as out:
         files.copy_files(b.folder, out, [*files.LICENCE_FILES, *files.SIDE_FILES])
         files.write_folder(out, blueprint.full_tensors(b, weights, np.dtype(np.float32)))
-        blueprint.write_config(out, blueprint.read_config(b.folder), b.decoder, "float32")
+        blueprint.write_config(out, blueprint.dense_config(b.folder), b.decoder, "float32")
         if job.data.template:
             (out / "chat_template.jinja").write_text(job.data.template)
         job.tokenizer.save_pretrained(out)

@@ -11,6 +11,8 @@ import hashlib
 import importlib.metadata
 import os
 import re
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune import blueprint, chips, config, distributed, from_run, log, optim, sharding, tasks, tuning
+from jaxtune import blueprint, card, chips, config, distributed, from_run, log, optim, sharding, tasks, teacher, tuning
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
 from jaxtune.data import pipeline
 from jaxtune.data.pipeline import Prepared
 from jaxtune.errors import UserError
 from jaxtune.hf import adapters, files, remote, soft_prompts, tokenizer
+from jaxtune.layers import is_weight, unbox
 from jaxtune.metrics.base import better
 from jaxtune.models import families
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
+from jaxtune.nodes.grid import Scheme, check_group, fake_quantized
 from jaxtune.nodes.product import check_qwix
+from jaxtune.teacher import Teacher
 from jaxtune.training import State
+from jaxtune.tuning import blocks
 from jaxtune.tuning import method as tuning_method
+from jaxtune.tuning.zeros import keeping
+from jaxtune.weights import path_name
 
 Tree = Any
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -66,7 +74,8 @@ def model_folder(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [*files.SIDE_FILES, *files.LICENCE_FILES, "*.safetensors", "*.safetensors.index.json"]
+    weights = ["*.safetensors", "*.safetensors.index.json"]
+    wanted = [*files.SIDE_FILES, *files.LICENCE_FILES, adapters.CONFIG, card.FILE, *weights]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
@@ -112,20 +121,51 @@ class Job:
     rows: int | None  # of all steps, where epochs are asked for
     state: State  # abstract, with shardings
     tx: Any
+    teacher: Teacher | None = None
+
+    def knobs(self) -> Tree:
+        """What the compiled step takes beside state and batch, see `optim.knobs`."""
+        trainable = tuning_method.split(self.weights, self.labels)[0]
+        return optim.knobs(self.config.optim, self.steps, trainable, self.blueprint.method.rates)
+
+    def turned(self, knobs: Tree) -> optax.GradientTransformation:
+        """`tx` with other numbers, which may be traced."""
+        return optimiser(self.config, self.blueprint.method, self.weights, self.labels, self.steps, knobs)
 
     @property
     def about(self) -> dict[str, Any]:
         """What a checkpoint remembers of its run."""
         held = self.data.validation
+        taught = {} if self.teacher is None else {"teacher_digest": _digest(self.teacher.blueprint)}
         return {
             "config": self.config.model_dump(mode="json"),
             "steps": self.steps,
             "data_digest": self.data.train.digest(),
             "validation_digest": held.digest() if held else None,
             "model_digest": _digest(self.blueprint),
+            **taught,
             "template": self.data.template,
             "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint")},
         }
+
+    @property
+    def weights(self) -> Tree:
+        """All weights of the state, abstract, see `teacher.Teacher`."""
+        own = self.blueprint.weights
+        return own if self.teacher is None else self.teacher.weights(own)
+
+    @property
+    def labels(self) -> Tree:
+        """Of all weights of the state."""
+        own = self.blueprint.labels
+        return own if self.teacher is None else self.teacher.labels(own)
+
+
+def materialise(job: Job) -> Tree:
+    """All weights of the state: `Weight`s with their arrays, the model's and those beside it."""
+    key = jax.random.key(job.config.train.seed)
+    boxes = blueprint.materialise(job.blueprint, key)
+    return boxes if job.teacher is None else job.teacher.materialise(boxes, key)
 
 
 def _digest(b: Blueprint) -> str:
@@ -185,6 +225,8 @@ def prepare(c: Config) -> Job:
         vocab, c.vocabulary.multiple, c.train.param_dtype, task=head, seed=c.train.seed, attention=c.train.attention,
         rules=sharding.rules(c.mesh),
     )  # fmt: skip
+    if c.train.qat != "none":
+        _check_qat(c, b)
     if read is not None:
         read.check_all_used()
     if b.decoder.vocab > rows and isinstance(c.tuning, config.Prompt | config.Prefix):
@@ -200,18 +242,42 @@ def prepare(c: Config) -> Job:
     prefix = c.tuning.tokens if isinstance(c.tuning, config.Prefix) else 0
     if c.data.max_length + prefix > b.decoder.context:
         log.warn(f"data.max_length={c.data.max_length} is beyond the model's context of {b.decoder.context}")
-    return assemble(c, data, words, b, mesh, steps, row_count)
+    if c.distill is None:
+        return assemble(c, data, words, b, mesh, steps, row_count)
+    t = teacher.draw(c, model_folder(c.distill.teacher), b, words, mesh)
+    return assemble(c, teacher.taught(data, t, _digest(t.blueprint)), words, b, mesh, steps, row_count, t)
+
+
+def _check_qat(c: Config, b: Blueprint) -> None:
+    """Raises: UserError: the layers' matrices cannot be rounded as `train.qat` says."""
+    if getattr(c.tuning, "dropout", 0.0):
+        raise UserError("train.qat rounds adapters with what they stand on, without dropout; set tuning.dropout=0")
+    for path, w in jax.tree_util.tree_leaves_with_path(b.plain, is_leaf=is_weight):
+        if (name := path_name(path)).startswith("layers_") and name.endswith("_proj/weight"):
+            inputs = prod(w.value.shape[w.lead : w.lead + w.n_in])
+            check_group(inputs, c.train.qat_inputs, name.split("/")[-2], "train.qat_group=")
+    fake_quantized(unbox(b.weights), Scheme(c.train.qat, c.train.qat_inputs))  # says what it is not built for
 
 
 def assemble(
-    c: Config, data: Prepared, words: Any, b: Blueprint, mesh: jax.sharding.Mesh, steps: int, rows: int | None = None
+    c: Config,
+    data: Prepared,
+    words: Any,
+    b: Blueprint,
+    mesh: jax.sharding.Mesh,
+    steps: int,
+    rows: int | None = None,
+    taught: Teacher | None = None,
 ) -> Job:
     """A job from its parts: with the optimiser, and the abstract state in its places."""
     chip, matmuls = chips.of(mesh.devices.flat[0].device_kind), c.train.matmuls
     if chip is not None and matmuls != "same" and chip.rate(matmuls) <= chip.rate("bfloat16"):
         log.warn(f"train.matmuls={matmuls}: {chip.name} multiplies it no faster than bfloat16")
-    tx = optimiser(c, b.method, b.weights, b.labels, steps)
-    trainable, frozen = tuning_method.split(b.abstract, b.labels)
+    weights, labels, abstract = b.weights, b.labels, b.abstract
+    if taught is not None:
+        weights, labels, abstract = taught.weights(weights), taught.labels(labels), taught.abstract(abstract)
+    tx = optimiser(c, b.method, weights, labels, steps)
+    trainable, frozen = tuning_method.split(abstract, labels)
     shapes = jax.eval_shape(tx.init, trainable)
     where = sharding.optimiser_shardings(tx, trainable, mesh, c.optim.offload)
     scalar = sharding.replicated(mesh)
@@ -222,7 +288,23 @@ def assemble(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
         jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar),
     )
-    return Job(c, data, words, b, mesh, steps, rows, state, tx)
+    return Job(c, data, words, b, mesh, steps, rows, state, tx, taught)
+
+
+def trained(job: Job) -> int:
+    """Parameters that train at a time."""
+    trainable = tuning_method.count(job.state.trainable)
+    if tuning_method.CHOSEN not in jax.tree.leaves(job.blueprint.labels):
+        return trainable
+    labels, shapes = jax.tree.leaves(job.blueprint.labels), jax.tree.leaves(job.blueprint.abstract)
+    candidates = sum(x.size for found, x in zip(labels, shapes, strict=True) if found == tuning_method.CHOSEN)
+    return trainable - candidates + tuning_method.count(blocks.found(job.state.optimiser).masters)
+
+
+def parameters(b: Blueprint) -> tuple[int, int]:
+    """Parameters of the base, and those that the method added. A quantised base is held as fewer numbers, or more."""
+    stripped = tuning_method.count(unbox(tuning_method.strip(b.weights)))
+    return tuning_method.count(unbox(b.plain)), tuning_method.count(b.abstract) - stripped
 
 
 def check_evaluation(c: Config, data: Prepared) -> None:
@@ -262,11 +344,16 @@ def check_evaluation(c: Config, data: Prepared) -> None:
 
 
 def optimiser(
-    c: Config, method: tuning_method.Method, weights: Tree, labels: Tree, steps: int
+    c: Config,
+    method: tuning_method.Method,
+    weights: Tree,
+    labels: Tree,
+    steps: int,
+    given: Mapping[str, Tree] | None = None,
 ) -> optax.GradientTransformation:
-    """The config's optimiser, as the method shapes it, for abstract `Weight`s."""
+    """The config's optimiser, as the method shapes it, for abstract `Weight`s; `given` as of `optim.make`."""
     trainable = tuning_method.split(weights, labels)[0]
-    tx = method.around(optim.make(c.optim, steps, trainable, method.rates, method.within))
+    tx = method.around(optim.make(c.optim, steps, trainable, method.rates, method.within, given))
     return optim.averaging(tx, c.train.ema)
 
 
@@ -315,7 +402,18 @@ def going_on(t: config.Lora) -> adapters.Adapter | None:
 def make_method(
     tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, training: tuning_method.Training
 ) -> tuning_method.Method:
-    """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones."""
+    """The config's method; with an adapter to go on from, that adapter's nodes instead of fresh ones.
+
+    Raises:
+      UserError: the config's keys do not go together, or do not fit the adapter.
+    """
+    method = _going_on(tuning_config, read, decoder, training)
+    return keeping(method, tuning_config) if getattr(tuning_config, "keep_zeros", False) else method
+
+
+def _going_on(
+    tuning_config: config.Tuning, read: adapters.Adapter | None, decoder: Any, training: tuning_method.Training
+) -> tuning_method.Method:
     method = tuning.make(tuning_config, decoder, training)
     if decoder.task is not None:
         method = method._replace(rules=[(f"^{decoder.task.module}/", tuning_method.TRAIN), *method.rules])

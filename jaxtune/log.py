@@ -1,4 +1,4 @@
-"""What a run tells: a live line in a terminal, plain lines elsewhere; metrics.jsonl, TensorBoard events, loss.png."""
+"""What a run tells: live in a terminal or a notebook, else plain lines; metrics.jsonl, TensorBoard events, loss.png."""
 
 import contextlib
 import json
@@ -7,10 +7,11 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtune import display
 from jaxtune.events import Events
 
 _QUIET = re.compile("precision|recall|micro|weighted|_answer_")  # scores that are written but not shown
@@ -31,9 +32,12 @@ def hushed() -> bool:
 
 
 def say(text: str = "") -> None:
-    """A plain line on standard output."""
+    """A plain line on standard output; who reads it may be gone, which stops nothing."""
     if not _HUSHED:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor does it at exit
 
 
 def warn(text: str, everywhere: bool = False) -> None:
@@ -121,7 +125,14 @@ class RunLog:
     """The log of a run folder. Lines past `start` (of a run that was killed) are dropped."""
 
     def __init__(
-        self, folder: Path, start: int, total: int, metric: str = "loss", devices: int = 1, peak: float | None = None
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        metric: str = "loss",
+        devices: int = 1,
+        peak: float | None = None,
+        also: Callable[[int, Mapping[str, float]], None] = lambda n, scalars: None,
     ) -> None:
         """Args:
         folder: the run folder.
@@ -130,14 +141,16 @@ class RunLog:
         metric: the score that is always shown.
         devices: how many train.
         peak: what all of them can do together in FLOP/s, dense in bfloat16; None where that is not known.
+        also: is given every line's step and scalars too.
         """
-        self.devices, self.peak = devices, peak
+        self.devices, self.peak, self._also = devices, peak, also
         self.folder, self.total, self.start, self.metric = folder, total, start, metric
         self.file = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         self.history = [m for m in read_metrics(self.file) if m["step"] <= start]
         write_whole(self.file, "".join(json.dumps(e) + "\n" for e in self.history))
         self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not _HUSHED
+        self._drawn = display.Live(total) if display.in_notebook() and not _HUSHED else None
         self._events: Events | None = None
         self._torn = False  # metrics.jsonl lacks what could not be written
         self._began, self._done, self._open = time.perf_counter(), 0, False
@@ -172,13 +185,15 @@ class RunLog:
             speed["mfu"] = sum(f for _, _, f in counted) / took / self.peak
         if write:
             self.write(n, {**values, **speed}, seconds)
-        if write or self._live:
+        if write or self._live or self._drawn:
             self._show(n, values["loss"], speed, eta, final=write)
 
     def _show(self, n: int, loss: float, speed: Mapping[str, float], eta: float, final: bool) -> None:
         used = f"  {100 * speed['mfu']:.1f} % MFU" if "mfu" in speed else ""
         rate, left = f"{speed['tokens_per_second']:,.0f} tokens/s", f"{duration(eta)} left"
         line = f"step {n}/{self.total}  loss {loss:.4f}  {rate}{used}" + (f"  {left}" if n < self.total else "")
+        if self._drawn:
+            return self._drawn.show(n, line, self.history, at_once=n == self.total)
         if not self._live:
             return say(line)
         sys.stdout.write(f"\r\x1b[K{line}" + ("\n" if final else ""))
@@ -227,8 +242,8 @@ class RunLog:
         with self._spared(self.folder / "events"):
             if self._events is None:
                 self._events = Events(self.folder / "events", self.start + 1 if self.start else None)
-            names = {k: k.replace("eval_", "eval/") if k.startswith("eval_") else f"train/{k}" for k in values}
-            self._events.write(n, {names[k]: float(v) for k, v in values.items()})
+            self._events.write(n, scalars(values))
+        self._also(n, scalars(values))
 
     @contextlib.contextmanager
     def _spared(self, file: Path) -> Iterator[None]:
@@ -256,6 +271,16 @@ class RunLog:
             return
         with self._spared(self.folder / "loss.png"):
             plot(self.history, self.folder / "loss.png")
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line under the names that charts have.
+
+    >>> scalars({"step": 3, "total_steps": 9, "loss": 1.5, "eval_loss": 2, "seconds": {"input": 1.0}})
+    {'train/loss': 1.5, 'eval/loss': 2.0}
+    """
+    names = [k for k in values if k not in ("step", "total_steps", "seconds")]
+    return {k.replace("eval_", "eval/", 1) if k.startswith("eval_") else f"train/{k}": float(values[k]) for k in names}
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -12,17 +12,27 @@ from jaxtune.data import heads as data_heads
 from jaxtune.generate import Generator
 from jaxtune.hf import tokenizer
 from jaxtune.job import Job
-from jaxtune.objectives import OBJECTIVES
-from jaxtune.steps import apply_of, putter
+from jaxtune.nodes.grid import fake_quantized
+from jaxtune.steps import apply_of, both_of, putter, rounding
+from jaxtune.tuning import method as tuning_method
 
 Tree = Any
 
 
 def make(job: Job) -> Callable[[Tree], dict[str, float]]:
-    """A function of weights that gives scores by name, always with `loss`. The job has a validation set."""
+    """A function of all weights that gives scores by name, always with `loss`. The job has a validation set.
+
+    With a teacher, `loss` is that of the data all the same, and `kl` says how far the model is from the teacher.
+    """
     c, held = job.config, job.data.validation
     apply, put = apply_of(job.blueprint), putter(job.mesh, None)
-    sums = jax.jit(evaluate.make_sums(apply, OBJECTIVES[c.objective]))
+    scheme = rounding(c.train)
+
+    def own(weights: Tree) -> Tree:
+        """As they are exported."""
+        return weights if scheme is None else fake_quantized(weights, scheme)
+
+    sums = jax.jit(evaluate.make_sums(*both_of(job, own, measuring=True)))
     size = c.evaluate.batch_size or c.train.batch_size // c.train.accumulation
     head = job.blueprint.decoder.task
     whole = sharding.replicated(job.mesh)  # each process reads all of it
@@ -33,13 +43,13 @@ def make(job: Job) -> Callable[[Tree], dict[str, float]]:
             raise ValueError("there is no validation set to measure on")
         values = evaluate.scores(sums, weights, held, size, put)
         if head is not None and logits is not None:
-            found = head_scores.outputs(logits, weights, held, size, put, head.kind)
+            found = head_scores.outputs(logits, own(weights), held, size, put, head.kind)
             s = pipeline.head_settings(c.data, head.kind, head.labels, head.multi)
             scores, _ = head_scores.evaluate(s, job.tokenizer, data_heads.records(job.data.held, head.kind), found)
             return {"loss": values["loss"], **scores.values}
         if c.evaluate.task is not None:  # its accuracy is another than that of tokens
             values["token_accuracy"] = values.pop("accuracy")
-            values |= answered(job, weights, size)
+            values |= answered(job, own(tuning_method.student(weights)), size)
         return values
 
     return measure

@@ -7,15 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import chips, config, distributed, kernels, log, sharding
-from jaxtune.blueprint import Blueprint
+from jaxtune import chips, columns, config, distributed, kernels, log, sharding, trackers
 from jaxtune.config import DEMO, Config
 from jaxtune.data import encode
 from jaxtune.errors import UserError
-from jaxtune.job import Job, prepare
+from jaxtune.job import Job, parameters, prepare, trained
 from jaxtune.layers import unbox
 from jaxtune.models import pipeline
-from jaxtune.tuning import blocks
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
@@ -30,8 +28,9 @@ def introduce(job: Job, compiled: Any) -> None:
     mask = np.ones_like(first.mask) if c.objective == "pretrain" else first.mask
     text = slice(b.method.virtual, None)
     log.sample(encode.visible(job.tokenizer, first.ids[text], mask[text]))
-    base = tuning_method.count(unbox(b.plain))
-    trains, all_ = trained(job), base + _added(b)
+    base, added = parameters(b)
+    matching = 0 if job.teacher is None else tuning_method.count(unbox(job.teacher.matching))
+    trains, all_ = trained(job), base + added + matching
     per_device = compiled.memory_analysis()
     memory = "not known here"
     if per_device is not None:
@@ -48,6 +47,7 @@ def introduce(job: Job, compiled: Any) -> None:
             ("layers", f"{b.decoder.layers} in groups of {', '.join(map(str, b.decoder.groups))}, "
                        f"remat {c.train.remat}"),
             *data.facts,
+            *taught(job),
             ("steps", f"{job.steps:,} of {c.train.batch_size} rows"
                       + (f" in {c.train.accumulation} micro-batches" if c.train.accumulation > 1 else "")),
             ("mesh", f"{axes or 'one device'}: {job.mesh.size} × {job.mesh.devices.flat[0].device_kind}"
@@ -58,6 +58,19 @@ def introduce(job: Job, compiled: Any) -> None:
             ("memory", memory),
         ]
     )  # fmt: skip
+
+
+def taught(job: Job) -> list[tuple[str, str]]:
+    """The teacher, where there is one, and how it teaches."""
+    if (t := job.teacher) is None:
+        return []
+    d, size = t.c, tuning_method.count(unbox(t.blueprint.plain))
+    how = f"beside the student in {log.size(held(t.blueprint.abstract))} over all devices"
+    if not t.live:
+        need = columns.check_disk(job)
+        how = f"its {d.top_k} likeliest tokens " + (f"to be written, {log.size(need)}" if need else "are written")
+    loss = f"{d.kind} divergence at temperature {d.temperature:g}, weight {d.weight:g}"
+    return [("teacher", f"{t.blueprint.folder.name}: {size:,} parameters, {how}; {loss}")]
 
 
 def _pipeline(job: Job) -> list[tuple[str, str]]:
@@ -79,21 +92,6 @@ def _attention(job: Job) -> str:
     return f"{name} ({why})" if why else name
 
 
-def trained(job: Job) -> int:
-    """Parameters that train at a time."""
-    trainable = tuning_method.count(job.state.trainable)
-    if tuning_method.CHOSEN not in jax.tree.leaves(job.blueprint.labels):
-        return trainable
-    labels, shapes = jax.tree.leaves(job.blueprint.labels), jax.tree.leaves(job.blueprint.abstract)
-    candidates = sum(x.size for found, x in zip(labels, shapes, strict=True) if found == tuning_method.CHOSEN)
-    return trainable - candidates + tuning_method.count(blocks.found(job.state.optimiser).masters)
-
-
-def _added(b: Blueprint) -> int:
-    """Parameters that the method added. Those of a quantised base are held as fewer numbers, or more."""
-    return tuning_method.count(b.abstract) - tuning_method.count(unbox(tuning_method.strip(b.weights)))
-
-
 def held(tree: Tree) -> int:
     """Bytes of a tree of abstract arrays."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -110,7 +108,8 @@ def check_disk(job: Job) -> tuple[int, int]:
     whole = sum(int(np.prod(t.shape)) * t.dtype.itemsize for ts in b.tensors.values() for t in ts)
     best = 2 * held(job.state.trainable) if c.evaluate.best else 0  # the old ones go when the new are there
     exports = c.checkpoint.keep + 2 if c.checkpoint.export else 1
-    need = best + saved * (c.checkpoint.keep + 1) + exports * (saved if isinstance(c.tuning, config.Adapter) else whole)
+    adapter = isinstance(c.tuning, config.Adapter) and not getattr(c.tuning, "keep_zeros", False)
+    need = best + saved * (c.checkpoint.keep + 1) + exports * (saved if adapter else whole)
     out = Path(c.output).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     free += sum(
@@ -133,6 +132,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
     Raises:
       UserError: something does not fit.
     """
+    trackers.check(c.track)
     job = prepare(c)
     b, data = job.blueprint, job.data
     need, free = check_disk(job)
@@ -143,6 +143,7 @@ def validate(c: Config) -> list[tuple[str, str]]:
                   "all tensors fit"),
         ("tuning", f"{c.tuning.method}: {trained(job):,} parameters train"),
         *data.facts,
+        *taught(job),
         ("steps", f"{job.steps:,}"),
         ("memory", f"{log.size(held(job.state) + gradients)} for weights, optimiser and gradients over all devices; "
                    "activations come on top"),

@@ -11,15 +11,28 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxtune import blueprint, chips, config, distributed, environment, log, measuring, optim, overview, sharding, watch
+from jaxtune import (
+    chips,
+    columns,
+    config,
+    distributed,
+    environment,
+    log,
+    measuring,
+    optim,
+    overview,
+    rollouts,
+    sharding,
+    trackers,
+    watch,
+)
 from jaxtune.allocation import Allocation
 from jaxtune.best import Best, hopeless
 from jaxtune.checkpoint import Checkpoints, start_step
@@ -30,22 +43,29 @@ from jaxtune.data.streaming import Streamed
 from jaxtune.errors import Interrupted, UserError
 from jaxtune.export import export, export_step
 from jaxtune.guards import Guards
-from jaxtune.job import CHECKPOINTS, CONFIG, EXPORT, Job, prepare, use_compile_cache
+from jaxtune.job import CHECKPOINTS, CONFIG, EXPORT, Job, materialise, prepare, use_compile_cache
 from jaxtune.layers import unbox
 from jaxtune.planning.counting import flops_per_token
 from jaxtune.profiling import Profile
 from jaxtune.saving import Saver
-from jaxtune.steps import Steps, compile_step, own_rows, putter
+from jaxtune.steps import Steps, compile_step, fresh, own_rows, putter
 from jaxtune.training import Every, Hooks, State, loop
 from jaxtune.tuning import method as tuning_method
 
 Tree = Any
 _VISIBLE_S = 60.0  # until other hosts see a new file: network file systems keep what they have seen
 SAVE_NOW, STOP = "SAVE_NOW", "STOP"  # files in the run folder: save after this step and go on, or leave
+Report = Callable[[int, Mapping[str, float]], None]  # gets a step and its scores
 
 
-def train(c: Config) -> Path:
+def train(c: Config, report: Report | None = None, exported: bool = True) -> Path:
     """Train as the config says, or go on where the run folder stands, and export. Returns the run folder.
+
+    Args:
+      c: the config.
+      report: gets the scores of each evaluation after a step, and may end the run by an error of its own; what is saved
+        stays.
+      exported: whether there is to be an export. A later call for the same folder can still make it.
 
     Raises:
       UserError: something does not fit; nothing whole is replaced.
@@ -53,6 +73,7 @@ def train(c: Config) -> Path:
     """
     distributed.initialize()
     use_compile_cache()
+    trackers.check(c.track)
     clock = Clock()
     out = Path(c.output)
     with _told_to_stop() as told, watch.watching() as watched:
@@ -61,12 +82,20 @@ def train(c: Config) -> Path:
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
         with _alone(out):
-            _train(job, out, told, watched, clock)
+            _train(job, out, told, watched, clock, report, exported)
         distributed.wait("all is written")
     return out
 
 
-def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., Any], clock: Clock) -> None:
+def _train(
+    job: Job,
+    out: Path,
+    told: threading.Event,
+    watched: Callable[..., Any],
+    clock: Clock,
+    report: Report | None,
+    wanted: bool,
+) -> None:
     c = job.config
     micro = c.train.batch_size // c.train.accumulation
     if odd := micro % (shards := sharding.batch_shards(job.mesh)):
@@ -80,17 +109,19 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., An
     exported = (out / EXPORT).exists()
     there = {"steps": checkpoints.steps, "entries of metrics.jsonl": len(history), "export": exported}
     distributed.agree("start", {f"what is in {out}": there})
-    if (start == job.steps or hopeless(c.evaluate, history)) and exported:
-        log.say(f"{out}: finished already at step {start}; its result is in {out / EXPORT}")
+    if (start == job.steps or hopeless(c.evaluate, history)) and (exported or not wanted):
+        where = f"its result is in {out / EXPORT}" if exported else "without an export"
+        log.say(f"{out}: finished already at step {start}; {where}")
         return checkpoints.close()
     log.write_whole(out / CONFIG, config.dump(c))
     environment.record(out / "environment.json", c.train.seed, start)
-    with ThreadPoolExecutor(1) as pool, jax.set_mesh(job.mesh):
+    with ThreadPoolExecutor(1) as pool, jax.set_mesh(job.mesh), trackers.reporting(c, out, start) as track:
         compiling = pool.submit(compile_step, job)
-        boxes = blueprint.materialise(job.blueprint, jax.random.key(c.train.seed))
+        columns.write(job, told.is_set)
+        boxes = materialise(job)
         with clock.on("compile"):
             compiled = compiling.result()
-        trainable, frozen = tuning_method.split(unbox(boxes), job.blueprint.labels)
+        trainable, frozen = tuning_method.split(unbox(boxes), job.labels)
         del boxes
         batches = job.data.train.batches(c.train.batch_size, seed=c.train.seed, row_count=job.rows, own=own_rows(job))
         if start:
@@ -99,30 +130,35 @@ def _train(job: Job, out: Path, told: threading.Event, watched: Callable[..., An
             state, batches.state = State(frozen=frozen, **restored), position
             log.say(f"{out}: goes on after step {start}")
         else:
-            where = jax.tree.map(lambda s: s.sharding, job.state.optimiser)
-            optimiser = jax.jit(job.tx.init, out_shardings=where)(trainable)
-            key = jax.random.key_data(jax.random.key(c.train.seed + 1))
-            zero, key = jax.device_put((jnp.int32(0), key), sharding.replicated(job.mesh))
-            state = State(trainable, frozen, optimiser, zero, key)
+            state = fresh(job, trainable, frozen)
             del trainable
         del frozen
         overview.introduce(job, compiled)
         try:
             with clock.on("steps"):
                 steps = Steps(job, compiled, clock)
-                weights, unsaved = _loop(job, state, steps, watched, batches, checkpoints, start, about, told, clock)
+                weights, unsaved = _loop(
+                    job, state, steps, watched, batches, checkpoints, start, about, told, clock, track, report
+                )
         finally:
             batches.close()
             with clock.on("checkpoint"):
                 checkpoints.close()  # what was being saved is saved, also when the loop ends with an error
-        weights = _to_write(job, weights)
-    with clock.on("export"):
-        try:
-            export(job, weights)
-        except (OSError, UserError) as e:
-            if unsaved is None:
-                raise
-            raise unsaved from e  # which says what is lost
+        weights = _to_write(job, weights) if wanted else None
+    if not wanted and unsaved is not None:
+        raise unsaved
+    if wanted:
+        with clock.on("export"):
+            try:
+                export(job, weights)
+            except (OSError, UserError) as e:
+                if unsaved is not None:
+                    raise unsaved from e  # which says what is lost
+                if isinstance(e, UserError):
+                    raise
+                raise UserError(
+                    f"{out / EXPORT}: {e.strerror or e}; all steps are saved: make room, and run the same command again"
+                ) from e
     spent = clock.seconds()
     log.say(f"took {log.duration(sum(spent.values()))}: {shares(spent)}")
     if unsaved is not None:
@@ -162,6 +198,8 @@ def _loop(
     about: dict[str, Any],
     told: threading.Event,
     clock: Clock,
+    track: Report,
+    report: Report | None,
 ) -> tuple[Tree, UserError | None]:
     """The loop with its log, evaluations, checkpoints and signals.
 
@@ -171,10 +209,10 @@ def _loop(
     clock.add(carried(log.read_metrics(out / "metrics.jsonl"), start))
     chip = chips.of(job.mesh.devices.flat[0].device_kind)
     peak = chip.rate("bfloat16") * job.mesh.size if chip is not None else None
-    runlog = log.RunLog(out, start, job.steps, c.evaluate.metric, job.mesh.size, peak)
+    runlog = log.RunLog(out, start, job.steps, c.evaluate.metric, job.mesh.size, peak, track)
     if start:
         runlog.write(start, {}, clock.seconds())
-    cost = functools.cache(lambda length: flops_per_token(job.blueprint, length))
+    cost = functools.cache(lambda length: flops_per_token(job, length))
     saver = Saver(checkpoints, start)
     rate = optim.schedule(c.optim, job.steps)
     measure = measuring.make(job)
@@ -193,8 +231,10 @@ def _loop(
             return
         with clock.on("evaluate"):
             trained = optim.averaged(state.optimiser, state.trainable)
-            runlog.evaluation(n, measure(tuning_method.join(trained, state.frozen)))
+            runlog.evaluation(n, scores := measure(tuning_method.join(trained, state.frozen)))
             best.see(n, trained)
+        if report is not None and n:
+            report(n, scores)
 
     def save(n: int, state: State) -> None:
         answered = functools.partial(_remove, out / SAVE_NOW) if _asked(out / SAVE_NOW) else None
@@ -203,7 +243,7 @@ def _loop(
     def on_save(n: int, state: State) -> None:
         if c.checkpoint.export and (n == job.steps or n % every.save == 0):
             with clock.on("export"):
-                export_step(job, _to_write(job, measured(state)), n)
+                export_step(job, _to_write(job, tuning_method.student(measured(state))), n)
         if n < job.steps:  # the last one is waited for, see below
             with clock.on("checkpoint"):
                 saver.save(n, lambda: save(n, state))
@@ -247,7 +287,7 @@ def _loop(
             step = closing.enter_context(contextlib.closing(profile)).watching(step)
         if not start:
             on_evaluate(0, state)
-        hooks = Hooks(on_log, on_evaluate, on_save, stop, save_now, runlog.write, on_back)
+        hooks = Hooks(on_log, on_evaluate, on_save, stop, save_now, runlog.write, on_back, rollouts.source(job))
         put = putter(job.mesh, c.train.accumulation, lambda: distributed.STOP * stop() | distributed.SAVE * save_now())
         state, n = loop(
             state,
@@ -275,7 +315,8 @@ def _loop(
             log.say(remark)
         runlog.summary()
         kept = None if best is None else best.restored(job.state.trainable)
-    return measured(state) if kept is None else tuning_method.join(kept, state.frozen), unsaved
+    weights = measured(state) if kept is None else tuning_method.join(kept, state.frozen)
+    return tuning_method.student(weights), unsaved
 
 
 def measured(state: State) -> Tree:

@@ -3,31 +3,31 @@
 import dataclasses
 import functools
 import itertools
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, sharding, steps, tasks
+from jaxtune import blueprint, config, evaluate, head_scores, job, log, optim, sharding, steps
 from jaxtune.blueprint import Blueprint
 from jaxtune.checkpoint import Checkpoints
 from jaxtune.config import Config
 from jaxtune.data import encode, pipeline
 from jaxtune.data import heads as data_heads
-from jaxtune.data.examples import Conversation, Document, Example, Message, Record
+from jaxtune.data.examples import Conversation, Message, Record
 from jaxtune.data.heads import HeadSettings
 from jaxtune.data.pipeline import Rows
 from jaxtune.data.token_cache import Encoder
 from jaxtune.errors import UserError
-from jaxtune.generate import Generation, Generator, Sampling
-from jaxtune.hf import adapters, several, soft_prompts, tokenizer
+from jaxtune.generate import Generator, Sampling
+from jaxtune.hf import adapters, quantized, several, soft_prompts, tokenizer
 from jaxtune.layers import unbox
 from jaxtune.models import heads
 from jaxtune.models.decoder import DecoderConfig
+from jaxtune.nodes.grid import with_int8_products
+from jaxtune.nodes.product import check_qwix, with_products
 from jaxtune.objectives import OBJECTIVES
 from jaxtune.tuning import method as tuning_method
 
@@ -36,13 +36,23 @@ NONE = "none"  # the name of a base without adapters
 
 
 class Run:
-    """A finished run folder, for notebooks."""
+    """A finished run folder, for notebooks, which show the curve of its loss.
+
+    >>> run = Run(Path("runs/demo"))  # doctest: +SKIP
+    >>> run.generate("What does the fox eat?", max_new_tokens=16)  # doctest: +SKIP
+    ' The fox eats berries.'
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows of it: the curve of its loss."""
+        file = self.folder / "loss.png"
+        return file.read_bytes() if file.exists() else None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -65,7 +75,12 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A model ready to be used, tuned or not."""
+    """A model ready to be used, tuned or not.
+
+    >>> model = jaxtune.load("runs/demo")  # doctest: +SKIP
+    >>> for piece in model.stream([Message("user", "What does the fox eat?")], Sampling()):  # doctest: +SKIP
+    ...     print(piece, end="")
+    """
 
     blueprint: Blueprint
     weights: Tree
@@ -81,6 +96,17 @@ class Tuned:
         if (head := self.blueprint.decoder.task) is not None:
             raise UserError(f"the model has a head for {head.kind} and says no text; use `evaluate` or `predict`")
         return Generator(self.blueprint.model, self.weights, self.tokenizer, self.eos)
+
+    def keeping(self, kv: str) -> "Tuned":
+        """The same model with keys and values held as said: "same", or "int8" with a scale for each head and token.
+
+        Raises:
+          UserError: it is neither.
+        """
+        if kv not in ("same", "int8"):
+            raise UserError(f"--kv {kv!r} is not known; allowed: same, int8")
+        decoder = dataclasses.replace(self.blueprint.decoder, kv=kv)
+        return dataclasses.replace(self, blueprint=self.blueprint._replace(decoder=decoder))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Messages as the model was trained to see them; as they are where it has no template."""
@@ -133,11 +159,18 @@ class Tuned:
             data = data.model_copy(update={"truncate": "right"})
         return pipeline.head_settings(data, head.kind, head.labels, head.multi)
 
-    def scores(self, rows: Rows, batch_size: int, objective: str) -> dict[str, float]:
-        """Loss, perplexity and token accuracy on rows."""
-        sums = jax.jit(evaluate.make_sums(steps.apply_of(self.blueprint), OBJECTIVES[objective]))
+    @functools.cached_property
+    def _sums(self) -> dict[str, evaluate.Sums]:
+        """By objective; compiled once."""
+        return {}
+
+    def scores(self, rows: Rows, batch_size: int, objective: str, weights: Tree = None) -> dict[str, float]:
+        """Loss, perplexity and token accuracy on rows, of its weights or of others of the same form."""
+        if objective not in self._sums:
+            self._sums[objective] = jax.jit(evaluate.make_sums(steps.apply_of(self.blueprint), OBJECTIVES[objective]))
+        given = self.weights if weights is None else weights
         with jax.set_mesh(self.mesh):
-            return evaluate.scores(sums, self.weights, rows, batch_size, steps.putter(self.mesh, None))
+            return evaluate.scores(self._sums[objective], given, rows, batch_size, steps.putter(self.mesh, None))
 
 
 def open_model(
@@ -253,7 +286,14 @@ def ready(found: "Opened", on: jax.sharding.Mesh) -> Tuned:
     words = found.tokenizer or tokenizer.load(found.side)
     template = found.template or words.chat_template
     eos = {*tokenizer.eos_ids(found.blueprint.folder, words), *encode.turn_end(words, template)}
-    return Tuned(found.blueprint, unbox(found.weights), words, template, sorted(eos), on)
+    weights = unbox(found.weights)
+    given = blueprint.read_config(found.blueprint.folder).get(quantized.KEY)
+    if (matmuls := quantized.rounds_activations(given)) == "int8":
+        weights = with_int8_products(weights)
+    elif matmuls == "fp8":
+        check_qwix(f"{found.blueprint.folder}: rounds activations to fp8, which")
+        weights = with_products(weights, "fp8")
+    return Tuned(found.blueprint, weights, words, template, sorted(eos), on)
 
 
 class Opened(NamedTuple):
@@ -286,6 +326,8 @@ def open_weights(
         adapter = target
         target = soft_prompts.open_adapter(folder).base
     model = job.model_folder(target)
+    if adapter is None and (model / adapters.CONFIG).exists():  # an adapter of the hub
+        return open_weights(str(model), None, dtype, mesh, base)
     read = several.read(adapter) if adapter is not None else None
     b = draw(model, read, mesh, dtype or "float32")
     weights = blueprint.materialise(b, jax.random.key(0), base)
@@ -334,102 +376,6 @@ def _from_checkpoint(folder: Path, dtype: str | None, base: bool) -> Opened:
     b = started.blueprint
     _, frozen = tuning_method.split(unbox(blueprint.materialise(b, jax.random.key(c.train.seed), base)), b.labels)
     log.say(f"{folder}: not finished; takes its checkpoint of step {newest}")
-    weights = tuning_method.join(optim.averaged(restored["optimiser"], restored["trainable"]), frozen)
+    trained = tuning_method.student(optim.averaged(restored["optimiser"], restored["trainable"]))
+    weights = tuning_method.join(trained, frozen)
     return Opened(b, blueprint.boxed(b, weights), b.folder, template, started.tokenizer)
-
-
-def predict(
-    models: Tuned | Mapping[str, Tuned],
-    data: config.Data,
-    out: Path,
-    s: Sampling,
-    batch_size: int,
-    said: Callable[[int, int], None],
-    logprobs: bool = False,
-) -> int:
-    """Answer each row of `data.train`, to JSONL with `prompt`, `prediction`, `finish` and, if any, `reference`.
-
-    With `logprobs` also those of each new token. With more than one sample `predictions`, `finish` and `logprobs` are
-    lists, one entry per sample. With several models `predictions`, `finish` and `logprobs` are maps from their names,
-    and `prompt` is one too where their chat templates differ.
-
-    Of a model with a head, what it says of each row. Rows that cannot be read are counted, see `data.bad_rows`.
-
-    Returns: the number of rows. The file appears when it is complete.
-    """
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a file for the answers")
-    remarks: list[str] = []
-    examples = pipeline.examples(data, remarks, answers=False)
-    for remark in remarks:
-        log.say(remark)
-    if isinstance(models, Tuned) and (settings := models.head_settings(data)) is not None:
-        return _judged(models, examples, settings, out, batch_size)
-    examples = [tasks.asked(e, tasks.options_of(data)) for e in examples]
-    named = {"": models} if isinstance(models, Tuned) else models
-    asked = {name: [_pair(m, e) for e in examples] for name, m in named.items()}
-    first, *others = asked.values()
-    alike = all(pairs == first for pairs in others)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            for i in range(0, len(examples), batch_size):
-                rows = range(i, min(i + batch_size, len(examples)))
-                made = {n: _generate(m, [asked[n][j][0] for j in rows], s) for n, m in named.items()}
-                for j in rows:
-                    prompt = first[j][0] if alike else {n: pairs[j][0] for n, pairs in asked.items()}
-                    answers = {n: _row(made[n][j - i], logprobs) for n in named}
-                    row = {"prompt": prompt, **(answers[""] if isinstance(models, Tuned) else _beside(answers))}
-                    row |= {} if first[j][1] is None else {"reference": first[j][1]}
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
-                said(rows.stop, len(examples))
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(examples)
-
-
-def _judged(tuned: Tuned, examples: Sequence[Example], s: HeadSettings, out: Path, batch_size: int) -> int:
-    """What a head says of every row."""
-    records = data_heads.records(examples, s.objective)
-    rows = head_scores.predictions(s, tuned.tokenizer, records, iter(tuned.judge(records, s, batch_size)))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log.write_whole(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    return len(rows)
-
-
-def _pair(tuned: Tuned, e: Example) -> tuple[str, str | None]:
-    """A row's prompt, as the model was trained to see it, and the answer that the row gives."""
-    if not isinstance(e, Conversation | Document):
-        raise UserError(f"{e.origin}: a row of this kind cannot be answered; give a conversation or a prompt")
-    if isinstance(e, Document):
-        return (tuned.tokenizer.bos_token or "") + e.text, None
-    if tuned.template is not None:
-        return tuned.asked(e)
-    if [m.role for m in e.messages] in (["user"], ["user", "assistant"]):
-        return tuned.prompt(e.messages[:1]), e.messages[1].content if len(e.messages) > 1 else None
-    raise UserError(f"{e.origin}: a conversation needs a chat template, and the model has none")
-
-
-def _generate(tuned: Tuned, prompts: Sequence[str], s: Sampling) -> list[list[Generation]]:
-    """The samples of each prompt."""
-    with jax.set_mesh(tuned.mesh):
-        made = tuned.generator.generate(prompts, s)
-    return [made[i : i + s.samples] for i in range(0, len(made), s.samples)]
-
-
-def _beside(answers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The answers of several models to one prompt, column by column."""
-    columns = next(iter(answers.values()))
-    return {("predictions" if k == "prediction" else k): {n: a[k] for n, a in answers.items()} for k in columns}
-
-
-def _row(made: Sequence[Generation], logprobs: bool) -> dict[str, Any]:
-    """What `predict` writes of the texts of one prompt."""
-    columns: dict[str, list] = {"prediction": [g.text for g in made], "finish": [g.finish for g in made]}
-    if logprobs:
-        columns["logprobs"] = [g.logprobs for g in made]
-    if len(made) == 1:
-        return {k: v[0] for k, v in columns.items()}
-    return {"predictions" if k == "prediction" else k: v for k, v in columns.items()}

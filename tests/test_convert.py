@@ -273,3 +273,21 @@ def test_presets_have_the_published_number_of_parameters(name):
     c = families.from_hf(PRESETS[name], name)
     assert sum(x.size for x in jax.tree.leaves(unbox(abstract_weights(c)))) == PARAMETERS[name]
     assert families.from_hf(families.to_hf(c), name) == c
+
+
+def test_some_of_a_models_layers(tmp_path):
+    """A student of its teacher's layers; its config says so, whatever form it is written in."""
+    folder = write_tiny(tmp_path / "m", layers=3)
+    write_model(str(folder), tmp_path / "few", layers=[0, 2], dtype="bfloat16")
+    whole, few = open_tensors(folder), open_tensors(tmp_path / "few")
+    told = json.loads((tmp_path / "few" / "config.json").read_text())
+    assert told["num_hidden_layers"] == 2
+    assert told["model_type"] == json.loads((folder / "config.json").read_text())["model_type"]
+    assert len(few) == len(whole) - (len(whole) - 2) // 3
+    for name, t in few.items():
+        old = whole[name.replace("layers.1.", "layers.2.")].open()
+        np.testing.assert_array_equal(t.open(), old.astype(ml_dtypes.bfloat16))
+    assert "its layers 0, 2 alone" in (tmp_path / "few" / "README.md").read_text()
+    for layers, message in (([2, 0], "rising"), ([0, 3], "0 to 2")):
+        with pytest.raises(UserError, match=message):
+            write_model(str(folder), tmp_path / "x", layers=layers)

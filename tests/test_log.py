@@ -1,6 +1,8 @@
 """The log: how fast, how much of the chip, and what stays when a run goes on."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -63,3 +65,17 @@ def test_a_run_on_a_known_chip_tells_its_mfu_and_leaves_a_trace(tiny, sums_file,
     for m in log.read_metrics(out / "metrics.jsonl"):
         if "loss" in m:
             assert m["mfu"] == pytest.approx(m["tokens_per_second"] * flops / 1e9, rel=1e-3)
+
+
+def test_a_reader_who_leaves_stops_nothing(tmp_path):
+    script = (
+        "import sys; from jaxtune import log\nfor i in range(20_000): log.say(str(i))\nopen(sys.argv[1], 'w').close()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "done")]
+    talker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert talker.stdout is not None
+    talker.stdout.readline()
+    talker.stdout.close()
+    _, errors = talker.communicate(timeout=60)
+    assert (talker.returncode, errors) == (0, b"")
+    assert (tmp_path / "done").exists()

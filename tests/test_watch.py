@@ -70,8 +70,8 @@ with cli.exit_codes():
     ],
 )
 def test_the_others_end_in_bounded_time_and_say_why(what, codes, said):
-    began = time.monotonic()
     processes = start(WATCH, 2, 1, what, **QUICK)
+    began = time.monotonic()
     other = what == "first"
     _, err = processes[other].communicate(timeout=120)
     took = time.monotonic() - began

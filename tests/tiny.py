@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from jaxtune import config
 from jaxtune.layers import Rope
 from jaxtune.models.decoder import DecoderConfig
+from tests.processes import on_eight_devices as on_eight_devices
 from tools.make_demo_model import write_jsonl as _write_jsonl
 from tools.make_demo_model import write_random_model, write_tokenizer
 
@@ -59,14 +57,3 @@ def make_config(model: Path, data: Path, output: Path, **dotted: Any) -> config.
         "optim.learning_rate": 1e-2,
     }
     return config.load(None, config.nested({**base, **given}))
-
-
-def on_eight_devices(script: str, *args: object) -> subprocess.CompletedProcess[str]:
-    """A script run to its end in a process that sees eight devices, its compiler set as ours is."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-c", script, *map(str, args)]
-    done = subprocess.run(
-        command, env={**os.environ, "XLA_FLAGS": flags}, check=False, timeout=600, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done

@@ -33,6 +33,10 @@ STEPS, EVERY = 30, 3
 _STEP_SECONDS = 0.02  # a step of the tiny model is quicker than a save, which no real one is
 _LIMIT = 240.0  # seconds that a run may take
 _LOST_AFTER = 5.0  # seconds until a process that says nothing is lost to the others
+IMPORTS = (  # of a run, all of them: forks need not bring them
+    "jaxtune.run", "jaxtune.cli", "orbax.checkpoint", "transformers.models.auto.tokenization_auto", "grain",
+    "matplotlib.backends.backend_agg", "tensorboardX.event_file_writer",
+)  # fmt: skip
 
 
 class Lab:
@@ -399,7 +403,7 @@ def _import_everything() -> None:
     """What runs need, without touching a device: forks must not share one."""
     from jax._src import xla_bridge
 
-    for name in ("jaxtune.run", "jaxtune.cli", "orbax.checkpoint", "transformers", "tensorboardX.event_file_writer"):
+    for name in IMPORTS:
         importlib.import_module(name)
     assert not xla_bridge.backends_are_initialized()
 

@@ -12,7 +12,8 @@ from typing import Any
 
 # ruff: noqa: I001
 # they add their verbs, in the order of --help
-from jaxtune.cli import run, plan, use, data, models, recipes, serve, files, jobs  # noqa: F401
+from jaxtune.cli import run, plan, sweep, use, explain, prune, quantize, data, models, push, recipes  # noqa: F401
+from jaxtune.cli import serve, files, jobs  # noqa: F401
 from jaxtune.cli.common import app
 from jaxtune.cli.recipes import recipe_folder
 from jaxtune.errors import Interrupted, UserError

@@ -30,6 +30,11 @@ Adapters = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="Compute in float32 or bfloat16.")]
 
+Kv = Annotated[
+    str,
+    typer.Option(help="How keys and values of what was read are held: same, or int8, a quarter of float32."),
+]
+
 
 def read_config(arguments: list[str] | None, devices: Callable[[], int] = lambda: 1) -> config.Config:
     """The config that the arguments of a verb name: a file, if the first is none of key=value, and values over it.

@@ -1,6 +1,7 @@
 """Verbs on model folders: merge, convert, presets."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +53,17 @@ def convert_(
         str | None, typer.Option(help="float32, bfloat16 or float16; the source's own where not given.")
     ] = None,
     shard_size: Annotated[float, typer.Option(min=1e-6, help="The largest file, in GB (10⁹ bytes).")] = 5.0,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers, from 0, such as 0,2,4: a student for its teacher.")
+    ] = None,
 ) -> None:
     """Write a model in another form, dtype or size of files. After a kill the same command goes on."""
     from jaxtune import convert
 
-    convert.write_model(source, out, None, dtype, to, int(shard_size * 1e9))
+    if layers is not None and not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise UserError(f"--layers {layers!r}: numbers with commas between were expected, such as 0,2,4")
+    kept = None if layers is None else [int(i) for i in layers.split(",")]
+    convert.write_model(source, out, None, dtype, to, int(shard_size * 1e9), kept)
     log.say(f"written to {out}")
 
 

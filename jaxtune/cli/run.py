@@ -31,6 +31,10 @@ def validate(arguments: Pairs = None) -> None:
     from jaxtune import overview
 
     c = read_config(arguments)
+    if c.sweep is not None:
+        from jaxtune.search.space import space
+
+        space(c)
     jax.config.update("jax_platforms", "cpu")
     if (devices := math.prod(n for n in c.mesh.sizes.values() if n > 0)) > 1:
         jax.config.update("jax_num_cpu_devices", devices)  # the mesh is that of another machine

@@ -29,6 +29,7 @@ class Asking(NamedTuple):
     max_samples: int | None
     max_new_tokens: int | None
     language: str | None
+    kv: str = "same"
 
 
 def data_and_keys(arguments: Sequence[str], given: str | None, none_needed: bool) -> tuple[str, list[str]]:
@@ -69,7 +70,7 @@ def by_task(target: str, adapter: str | None, dtype: str, a: Asking, folder: Pat
     if trained is None and task.decides == "labels" and not options.labels:
         found = [q.reference for q in tasks.questions(task, examples, options) if q.row]
         options = options._replace(labels=tasks.classification.names(found))  # it must be told what there is
-    model = tuned.open_model(target, adapter, dtype)
+    model = tuned.open_model(target, adapter, dtype).keeping(a.kv)
     with jax.set_mesh(model.mesh):
         asked = scoring.Asked(
             model.generator, model.template, a.batch_size, a.max_new_tokens, data.thinking, data.system

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxtune import config, log
-from jaxtune.cli.common import Adapter, Adapters, Dtype, Target, app, dtype_of, one_of
+from jaxtune.cli.common import Adapter, Adapters, Dtype, Kv, Target, app, dtype_of, one_of
 from jaxtune.errors import UserError
 
 
@@ -22,6 +22,7 @@ def evaluate(
     data_file: Annotated[str | None, typer.Option("--data", help="The data, where it is not the argument.")] = None,
     adapter: Adapter = None,
     dtype: Dtype = "float32",
+    kv: Kv = "same",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
     objective: Annotated[str | None, typer.Option(help="sft or pretrain; the run's own, else sft.")] = None,
     task: Annotated[
@@ -52,7 +53,7 @@ def evaluate(
 
     data, keys = measure.data_and_keys(arguments or [], data_file, lm_eval is not None)
     if lm_eval is not None:
-        model = tuned.open_model(target, adapter, dtype_of(dtype))
+        model = tuned.open_model(target, adapter, dtype_of(dtype)).keeping(kv)
         folder = measure.folder_of(target, out)
         return measure.by_lm_eval(
             model, lm_eval.split(","), include_path, batch_size, max_samples, chat_template, folder
@@ -61,8 +62,10 @@ def evaluate(
     if trained is not None and task in (trained.objective, READS.get(trained.objective)):
         task = None  # its head is scored without being asked
     if task is not None:
-        asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language)
+        asked = measure.Asking(task, data, keys, batch_size, max_samples, max_new_tokens, language, kv)
         return measure.by_task(target, adapter, dtype_of(dtype), asked, measure.folder_of(target, out))
+    if kv != "same":
+        raise UserError("--kv: loss is measured without a cache; it is for --task and --lm-eval")
     if objective is not None:
         one_of("--objective", objective, ["sft", "pretrain"])
     objective = objective or (trained.objective if trained else "sft")
@@ -108,6 +111,7 @@ def predict(
     out: Annotated[Path, typer.Option(help="Where the answers go, as JSONL.")] = Path("predictions.jsonl"),
     adapter: Adapters = None,
     dtype: Dtype = "float32",
+    kv: Kv = "same",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only the first n rows.")] = None,
     max_new_tokens: MaxNew = 256,
@@ -120,9 +124,12 @@ def predict(
     samples: Annotated[int, typer.Option(help="Answers per prompt, as a list `predictions`.")] = 1,
     beams: Annotated[int, typer.Option(help="Above 1, beam search.")] = 1,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Add the log-probability of each new token.")] = False,
+    as_data: Annotated[
+        bool, typer.Option("--as-data", help="Write rows that train reads: a teacher's answers, for a student.")
+    ] = False,
 ) -> None:
     """Answer every row of a file. With several adapters, the answers of each and of none stand side by side."""
-    from jaxtune import job, tuned
+    from jaxtune import job, predicting, tuned
     from jaxtune.cli import scores as measure
     from jaxtune.data.heads import READS
     from jaxtune.generate import Sampling
@@ -132,15 +139,17 @@ def predict(
         file = str(job.DEMO_FOLDER / "validation.jsonl")
     model: tuned.Tuned | dict[str, tuned.Tuned]
     if adapter is not None and len(adapter) > 1:
-        model = tuned.open_models(target, adapter, dtype_of(dtype))
+        model = {n: m.keeping(kv) for n, m in tuned.open_models(target, adapter, dtype_of(dtype)).items()}
     else:
-        model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype))
+        model = tuned.open_model(target, adapter[0] if adapter else None, dtype_of(dtype)).keeping(kv)
     head = model.blueprint.decoder.task if isinstance(model, tuned.Tuned) else None
     data = measure.data_like(measure.trained_as(target), READS[head.kind] if head else None, file, keys or [])
     data = data.model_copy(
         update={"train": [s.model_copy(update={"max_samples": max_samples or s.max_samples}) for s in data.sources]}
     )
-    n = tuned.predict(model, data, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs)
+    n = predicting.predict(
+        model, data, out, s, batch_size, lambda i, n: log.say(f"{i}/{n} answered"), logprobs, as_data
+    )
     log.say(f"{n} answers written to {out}")
 
 
@@ -149,6 +158,7 @@ def chat(
     target: Target,
     adapter: Adapters = None,
     dtype: Dtype = "float32",
+    kv: Kv = "same",
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_new_tokens: MaxNew = 256,
     temperature: Temperature = 0.7,
@@ -170,6 +180,7 @@ def chat(
     s = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, tuple(stop or ()), seed)
     dtype_of(dtype)
     models = tuned.open_models(target, adapter, dtype) if adapter else {target: tuned.open_model(target, None, dtype)}
+    models = {name: m.keeping(kv) for name, m in models.items()}
 
     def write(text: str) -> None:
         sys.stdout.write(text)

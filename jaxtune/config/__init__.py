@@ -4,7 +4,9 @@ YAML holds numbers and names only. Every key is documented where it is declared 
 `jaxtune config-schema` prints the same as a JSON schema.
 """
 
+from jaxtune.config.distill import Distill
 from jaxtune.config.read import (
+    alike,
     dump,
     dump_tree,
     load,
@@ -27,6 +29,8 @@ from jaxtune.config.schema import (
     Train,
     Vocabulary,
 )
+from jaxtune.config.sweep import Range, Sweep
+from jaxtune.config.track import Track
 from jaxtune.config.tuning import (
     METHODS,
     AdaLora,
@@ -45,8 +49,9 @@ from jaxtune.config.tuning import (
 )
 
 __all__ = [
-    "DEMO", "METHODS", "AdaLora", "Adapter", "Checkpoint", "Config", "Data", "Evaluate", "Freeze", "Full", "Galore",
-    "GradientSelect", "Group", "Ia3", "Lisa", "Lora", "Mesh", "Optim", "Prefix", "Prompt", "QLora", "Source", "Train",
-    "Tuning", "Vocabulary", "dump", "dump_tree", "load", "nested", "parse_overrides", "read_yaml", "translation",
-    "validate",
+    "DEMO", "METHODS", "AdaLora", "Adapter", "Checkpoint", "Config", "Data", "Distill", "Evaluate", "Freeze", "Full",
+    "Galore", "GradientSelect", "Group", "Ia3", "Lisa", "Lora", "Mesh", "Optim", "Prefix", "Prompt", "QLora", "Range",
+    "Source", "Sweep", "Track", "Train", "Tuning", "Vocabulary", "alike", "dump", "dump_tree", "load", "nested",
+    "parse_overrides", "read_yaml",
+    "translation", "validate",
 ]  # fmt: skip

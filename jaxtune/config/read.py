@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from jaxtune.config import llamafactory
 from jaxtune.config.llamafactory import Translation
 from jaxtune.config.schema import DEMO, Config, Data, Group, Mesh, Source
+from jaxtune.config.sweep import Range, Sweep
 from jaxtune.config.tuning import METHODS, Lora
 from jaxtune.errors import UserError, nearest
 
@@ -118,6 +119,9 @@ def load(file: Path | None, *layers: Mapping[str, Any], devices: Callable[[], in
       layers: overrides.
       devices: how many there are, which LLaMA-Factory's batch sizes are multiplied by.
 
+    >>> load(None, {"tuning": {"rank": 4}}, nested({"train.steps": 20})).train.steps
+    20
+
     Raises:
       UserError: an unknown key, or a value that does not fit, in one line.
     """
@@ -181,7 +185,9 @@ def dump_tree(tree: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_with_paths_from(dict(tree), Path.cwd()), sort_keys=False, allow_unicode=True)
 
 
-_ALIKE = {"lora", "qlora"}
+def alike(a: str, b: str) -> bool:
+    """Whether the keys of a tuning method mean the same to another."""
+    return a == b or {a, b} == {"lora", "qlora"}
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -189,7 +195,7 @@ def _merge(old: Any, new: Any) -> Any:
     qlora takes those of lora."""
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         return new
-    if "method" in new and (was := old.get("method", "lora")) != new["method"] and {was, new["method"]} != _ALIKE:
+    if "method" in new and not alike(old.get("method", "lora"), new["method"]):
         return dict(new)
     return {**old, **{k: _merge(old.get(k), v) for k, v in new.items()}}
 
@@ -220,15 +226,40 @@ def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         tree["model"] = joined(tree["model"], must=False)
     if "output" in tree:
         tree["output"] = joined(tree["output"])
+    if isinstance(distill := tree.get("distill"), dict):
+        places = {k: joined(distill[k], must=k == "columns") for k in ("teacher", "columns") if k in distill}
+        tree["distill"] = {**distill, **places}
     if isinstance(tuning := tree.get("tuning"), dict) and "adapter" in tuning:
         tree["tuning"] = {**tuning, "adapter": joined(tuning["adapter"])}
+    if isinstance(sweep := tree.get("sweep"), dict) and isinstance(keys := sweep.get("keys"), dict):
+        tree["sweep"] = {**sweep, "keys": {k: _tried_from(k, v, folder) for k, v in keys.items()}}
     return tree
+
+
+def _tried_from(key: Any, given: Any, folder: Path) -> Any:
+    """The values that a sweep tries of a key, as that key reads them."""
+    if not isinstance(given, list) or not isinstance(key, str):
+        return given
+
+    def read(value: Any) -> Any:
+        *parents, last = key.split(".")
+        tree: dict[str, Any] = {last: value}
+        for parent in reversed(parents):
+            tree = {parent: tree}
+        tree = _with_paths_from(tree, folder)
+        for parent in parents:
+            tree = tree[parent]
+        return tree[last]
+
+    return [read(value) for value in given]
 
 
 def _fault(error: Mapping[str, Any]) -> str:
     """One fault in plain words, with the nearest valid key where one is unknown."""
     parts = [str(p) for p in error["loc"] if p not in ("float", "str", "list[Source]", "list[str]")]
     loc = [p for before, p in zip(["", *parts], parts, strict=False) if not (before == "tuning" and p in METHODS)]
+    if loc[:2] == ["sweep", "keys"]:
+        loc = [p for p in loc if p not in ("range", "list")]
     where = ".".join(loc) or "config"
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}{nearest(loc[-1], _keys(loc[:-1], error))}"
@@ -250,6 +281,9 @@ def _keys(loc: Sequence[str], error: Mapping[str, Any]) -> list[str]:
             model = Group if model is Group else Source
         elif part == "groups":
             model = Group
+        elif part == "sweep":
+            return list((Range if "keys" in loc else Sweep).model_fields)
         else:
-            model = model.model_fields[part].annotation
+            found = model.model_fields[part].annotation
+            model = next((a for a in get_args(found) if hasattr(a, "model_fields")), found)  # of a section or none
     return list(model.model_fields)

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from jaxtune.config.base import Strict
+from jaxtune.config.distill import Distill
+from jaxtune.config.sweep import Sweep
+from jaxtune.config.track import Track
 from jaxtune.config.tuning import Lora, Tuning, lora_unless_said
 
 DEMO = "demo"  # names the model and the data that come with the package
@@ -182,6 +185,11 @@ class Train(Strict):
     """Matrix products with the layers' weights: in the compute dtype, or rounded to 8 bits (needs the extra [quant]).
     The products alone are twice as fast, where the chip has units for them: int8 on TPU v5e, v5p and v6e and on GPUs
     since A100, fp8 on TPU 7x, H100 and L4."""
+    qat: Literal["none", "int4", "int8", "fp8"] = "none"
+    """Train for `jaxtune quantize --method rtn --dtype …`: the layers' matrices, adapters merged, are rounded wherever
+    they are multiplied, and gradients pass straight through. What is exported whole lies on the grid."""
+    qat_group: int = Field(128, ge=0)
+    """Inputs of a matrix that share a scale there, as `--group`; 0: all inputs of an output do, as in fp8 always."""
     reduce_dtype: Literal["float32", "bfloat16"] | None = None
     """In what gradients are added up over devices; where not given, as they are computed."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
@@ -204,6 +212,17 @@ class Train(Strict):
     router_loss: float | None = Field(None, ge=0)
     """Weight of the load-balancing loss of a mixture of experts; where not given, the model's own
     router_aux_loss_coef if its config sets output_router_logits, else 0."""
+
+    @property
+    def qat_inputs(self) -> int:
+        """`qat_group` as `jaxtune quantize` has it: of fp8 it writes a scale for each output."""
+        return 0 if self.qat == "fp8" else self.qat_group
+
+    @model_validator(mode="after")
+    def _rounds_once(self) -> "Train":
+        if self.qat != "none" and self.matmuls != "same":
+            raise ValueError(f"qat={self.qat} and matmuls={self.matmuls} both round products; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _profile_rises(self) -> "Train":
@@ -321,7 +340,11 @@ class Mesh(Strict):
 
 
 class Config(Strict):
-    """A whole run."""
+    """A whole run.
+
+    >>> Config(model="demo").tuning.method
+    'lora'
+    """
 
     model: str = DEMO
     """A model folder in Hugging Face format or a cache of one, here or at gs://…, a hub id, or "demo"."""
@@ -332,17 +355,28 @@ class Config(Strict):
     objective: Literal["sft", "pretrain", "classification", "regression", "span_qa", "token_classification"] = "sft"
     """Next-token loss on the answers ("sft") or on all text ("pretrain"); or a head of its own in the place of the
     language model's: labels or a number for a text, the span of an answer, a tag for each word."""
+    distill: Distill | None = None
+    """A teacher to learn from beside the data, with objective sft or pretrain; none where not given."""
     tuning: Tuning = Lora()
     optim: Optim = Optim()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
+    track: Track = Track()
+    sweep: Sweep | None = None
+    """What `jaxtune sweep` tries; other verbs leave it aside."""
 
     @model_validator(mode="before")
     @classmethod
     def _method(cls, tree: Any) -> Any:
         return {**tree, "tuning": lora_unless_said(tree["tuning"])} if "tuning" in tree else tree
+
+    @model_validator(mode="after")
+    def _taught_by_text(self) -> "Config":
+        if self.distill is not None and self.objective not in ("sft", "pretrain"):
+            raise ValueError(f"distill goes with objective sft and pretrain, not {self.objective}")
+        return self
 
     @model_validator(mode="after")
     def _accumulation_divides(self) -> "Config":

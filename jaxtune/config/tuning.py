@@ -9,13 +9,21 @@ from jaxtune.config.base import Strict
 Base = Literal["nf4", "int4", "int8", "fp8"]
 
 
-class Full(Strict):
+class KeepZeros(Strict):
+    """For models that were pruned."""
+
+    keep_zeros: bool = False
+    """What is zero in a matrix of the layers stays zero, in training and in the export, which is then a whole model:
+    for tuning a model that `jaxtune prune` made. Adapters are masked with their base."""
+
+
+class Full(KeepZeros):
     """Every weight trains."""
 
     method: Literal["full"]
 
 
-class Freeze(Strict):
+class Freeze(KeepZeros):
     """Some layers and modules train, the rest is frozen."""
 
     method: Literal["freeze"]
@@ -43,7 +51,7 @@ class Adapter(Strict):
     """Numbers that share a scale in a quantised base; fewer where the inputs of a matrix do not divide."""
 
 
-class Lora(Adapter):
+class Lora(Adapter, KeepZeros):
     """Low-rank adapters (Hu et al., 2021) beside frozen weights, and their kin."""
 
     method: Literal["lora"] = "lora"

@@ -41,7 +41,7 @@ class Count(NamedTuple):
 def flops_per_token(job_or_blueprint: Any, length: int) -> float:
     """Useful operations for one token of rows of `length` tokens, forward and backward.
 
-    `job_or_blueprint` is a `job.Job` or a `blueprint.Blueprint`.
+    `job_or_blueprint` is a `job.Job` or a `blueprint.Blueprint`; of a job, a live teacher's forward pass counts too.
     """
     return count(job_or_blueprint, length).total
 
@@ -49,6 +49,9 @@ def flops_per_token(job_or_blueprint: Any, length: int) -> float:
 def count(job_or_blueprint: Any, length: int) -> Count:
     """The same by what they are for."""
     b: Blueprint = getattr(job_or_blueprint, "blueprint", job_or_blueprint)
+    if (teacher := getattr(job_or_blueprint, "teacher", None)) is not None and teacher.live:
+        own, its = count(b, length), count(teacher.blueprint, length)
+        return own._replace(forward=own.forward + its.forward, attention=own.attention + its.attention)
     labels = {path_name(p): found for p, found in jax.tree_util.tree_leaves_with_path(b.labels)}
     plain = {path_name(p): w for p, w in jax.tree_util.tree_leaves_with_path(b.plain, is_leaf=is_weight)}
     lowest = _lowest(labels)

@@ -14,7 +14,11 @@ from jaxtune.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a config takes on a machine. Bytes and seconds are of one device, and of one step."""
+    """What a config takes on a machine. Bytes and seconds are of one device, and of one step.
+
+    >>> [r] = jaxtune.plan("llama3-8b-lora.yaml", "v5e-8", model="llama3.1-8b")  # doctest: +SKIP
+    >>> r.fits, r.speed  # tokens per second and chip  # doctest: +SKIP
+    """
 
     config: Config
     topology: Topology

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune import blueprint, config, job, sharding
+from jaxtune import blueprint, config, job, sharding, teacher
 from jaxtune.blueprint import Blueprint
 from jaxtune.config import DEMO, Config
-from jaxtune.data.batches import Rows
+from jaxtune.data.batches import Beside, Rows
 from jaxtune.data.encode import Encoded
 from jaxtune.data.pipeline import Prepared
 from jaxtune.errors import UserError, nearest
@@ -25,6 +25,7 @@ from jaxtune.models import families
 from jaxtune.models.decoder import DecoderConfig
 from jaxtune.models.heads import CLASSES, TaskHead
 from jaxtune.models.presets import PRESETS
+from jaxtune.teacher import Teacher
 from jaxtune.tuning import method as tuning_method
 
 STEPS = 1000  # of a run whose data is not looked at: schedules depend on them, costs do not
@@ -78,7 +79,11 @@ def imagined(c: Config, devices: Any, layers: int | None = None, device: Any = N
     drawn, tail = _blueprint(c, decoder, mesh, device)
     example = Encoded(np.zeros(c.data.max_length, np.int32), np.ones(c.data.max_length, bool), tail)
     rows = Rows([example], ["planned"], [[0]], c.data.max_length)
-    return job.assemble(c, Prepared(rows, None, None, []), None, drawn, mesh, c.train.steps or STEPS)
+    t = None if c.distill is None else _teacher(c, drawn, mesh, device)
+    if t is not None and t.c.top_k is not None:
+        beside = Beside(None, teacher.planned(t.c.top_k, t.blueprint.decoder.vocab))
+        rows = dataclasses.replace(rows, beside=beside)
+    return job.assemble(c, Prepared(rows, None, None, []), None, drawn, mesh, c.train.steps or STEPS, taught=t)
 
 
 def few_layers(job: Job) -> tuple[int, int] | None:
@@ -128,6 +133,18 @@ def _blueprint(
     s, where, places = blueprint.lay_out(s, mesh, c.train.attention, sharding.rules(c.mesh), device)
     b = Blueprint(Path(c.model), s.decoder, s.method, s.plain, s.weights, s.labels, where, places, {}, {}, stored)
     return b, columns
+
+
+def _teacher(c: Config, student: Blueprint, mesh: jax.sharding.Mesh, device: Any) -> Teacher:
+    """The teacher of a config, whose tokenizer is not looked at."""
+    assert c.distill is not None
+    decoder = families.from_hf(model_config(c.distill.teacher), f"{c.distill.teacher}: config.json")
+    teacher.check(c, decoder, student)
+    s = blueprint.sketch(decoder, lambda _: teacher.frozen(), c.train.compute_dtype)
+    s, where, places = blueprint.lay_out(s, mesh, c.train.attention, sharding.rules(c.mesh), device)
+    folder = Path(c.distill.teacher)
+    b = Blueprint(folder, s.decoder, s.method, s.plain, s.weights, s.labels, where, places, {}, {}, decoder.vocab)
+    return Teacher(c.distill, b, teacher.matching(c.distill, student.decoder, decoder, c.train.param_dtype), mesh)
 
 
 def _columns(objective: str, length: int) -> dict[str, np.ndarray]:

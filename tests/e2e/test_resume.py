@@ -1,14 +1,12 @@
 """Killed, told to stop, or starved: a run goes on where it stood, bit by bit."""
 
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from jaxtune import log, run
 from jaxtune.errors import Interrupted, UserError
+from tests.processes import ended, start
 from tests.tiny import make_config
 
 LORA = {"method": "lora", "dropout": 0.1, "rank": 2}
@@ -50,13 +48,20 @@ def weights(folder):
 
 
 def dies(tiny, sums_file, out, at, signal_name, method="lora"):
-    args = [str(tiny), str(sums_file), str(out), str(at), signal_name, method]
-    return subprocess.run([sys.executable, "-c", DIES, *args], env=os.environ, check=False, timeout=300).returncode
+    [done] = ended(start(DIES, 1, 1, tiny, sums_file, out, at, signal_name, method))
+    return done.code
+
+
+@pytest.fixture(scope="module")
+def straights(tiny, sums_file, tmp_path_factory):
+    """Runs that nobody stopped."""
+    out = tmp_path_factory.mktemp("straight")
+    return {m: run.train(make_config(tiny, sums_file, out / m, **settings(m))) for m in ("lora", "freeze")}
 
 
 @pytest.mark.parametrize("method", ["lora", "freeze"])
-def test_killed_at_ten_it_ends_as_if_it_had_not_been(tiny, sums_file, tmp_path, method):
-    straight = run.train(make_config(tiny, sums_file, tmp_path / "a", **settings(method)))
+def test_killed_at_ten_it_ends_as_if_it_had_not_been(tiny, sums_file, tmp_path, straights, method):
+    straight = straights[method]
     assert dies(tiny, sums_file, tmp_path / "b", 10, "SIGKILL", method) == -signal.SIGKILL
     assert max(losses(tmp_path / "b")) == 10
     assert not (tmp_path / "b" / "export").exists()
@@ -66,15 +71,14 @@ def test_killed_at_ten_it_ends_as_if_it_had_not_been(tiny, sums_file, tmp_path, 
     assert len(weights(straight)) == 1
 
 
-def test_told_to_stop_it_saves_and_says_so(tiny, sums_file, tmp_path):
+def test_told_to_stop_it_saves_and_says_so(tiny, sums_file, tmp_path, straights):
     assert dies(tiny, sums_file, tmp_path / "b", 4, "SIGTERM") == 75
     stood = max(losses(tmp_path / "b"))
     assert 4 <= stood <= 6
     assert (tmp_path / "b" / "checkpoints" / str(stood)).exists()
     resumed = run.train(make_config(tiny, sums_file, tmp_path / "b", **settings("lora")))
-    straight = run.train(make_config(tiny, sums_file, tmp_path / "a", **settings("lora")))
-    assert losses(resumed) == losses(straight)
-    assert weights(resumed) == weights(straight)
+    assert losses(resumed) == losses(straights["lora"])
+    assert weights(resumed) == weights(straights["lora"])
 
 
 def test_a_finished_run_is_left_alone_and_another_is_refused(tiny, sums_file, tmp_path, capsys):

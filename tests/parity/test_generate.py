@@ -72,9 +72,10 @@ def ends(both):
     return sorted({found[5], found[7], found[30]})
 
 
-@pytest.mark.parametrize("early_stopping", [False, True])
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -1.0])
-@pytest.mark.parametrize("beams", [3, 4])
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "early_stopping"),
+    [(4, 1.0, False), *((3, penalty, early) for penalty in (0.0, 1.0, 2.5, -1.0) for early in (False, True))],
+)
 def test_beams(both, ends, beams, length_penalty, early_stopping):
     generator, model = both
     options = {"length_penalty": length_penalty, "early_stopping": early_stopping}

@@ -57,18 +57,20 @@ def test_the_balancing_loss_and_its_gradients(tmp_path, name):
 def test_the_step_takes_the_weight_that_it_is_given(tmp_path, sums_file):
     """Gradients move with `train.router_loss`; the loss that is told is the data's."""
     write(tmp_path / "m", "qwen3_moe")
+    assert open_model(str(tmp_path / "m")).blueprint.decoder.router_loss == 0.0
     told = []
-    for weight in (None, 0.0, 5.0):
+    for weight in (None, 5.0):
         c = make_config(tmp_path / "m", sums_file, tmp_path / str(weight), train__router_loss=weight, train__steps=2)
         run.train(c)
         told.append([m for m in log.read_metrics(tmp_path / str(weight) / "metrics.jsonl") if "loss" in m])
-    assert told[0][0]["loss"] == told[1][0]["loss"] == told[2][0]["loss"]
-    assert told[0][1]["loss"] == told[1][1]["loss"] != told[2][1]["loss"]
+    assert told[0][0]["loss"] == told[1][0]["loss"]
+    assert told[0][1]["loss"] != told[1][1]["loss"]
     assert told[0][0]["router_balance"] >= 1.9  # two experts for each token: 2 where all is even
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["experts/down_proj", "q_proj"]])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "targets"), [("mixtral", "all-linear"), ("qwen3_moe", ["experts/down_proj", "q_proj"])]
+)
 def test_adapters_on_experts_open_in_peft(tmp_path, sums_file, name, targets):
     write(tmp_path / "m", name)
     t = {"method": "lora", "rank": 3, "alpha": 7.0, "targets": targets}
@@ -139,7 +141,7 @@ import json, sys
 from pathlib import Path
 import jax
 from jaxtune import job as jobs, run
-from tests.tiny import make_config
+from tests.tiny import make_config, on_eight_devices
 model, data, out = (Path(a) for a in sys.argv[1:4])
 for i, mesh in enumerate(json.loads(sys.argv[4])):
     c = make_config(model, data, out / str(i), mesh=mesh, tuning={"method": "full"}, train__batch_size=8)
@@ -151,14 +153,13 @@ for i, mesh in enumerate(json.loads(sys.argv[4])):
 MESHES: list[dict[str, int | str]] = [
     {"expert": 2, "fsdp": 2, "tensor": 2},
     {"strategy": "expert", "fsdp": 2},
-    {"fsdp": 8},
     {"expert": 2, "context": 2, "fsdp": 2},
 ]
 
 
 def test_an_expert_axis_changes_nothing(tmp_path, sums_file):
-    """Losses on eight devices, experts split over two, over four (copied: six experts do not divide) and not at all,
-    and rows split along their length."""
+    """Losses on eight devices, experts split over two, over four (copied: six experts do not divide), and rows
+    split along their length."""
     write(tmp_path / "m", "qwen3_moe")
     done = on_eight_devices(SCRIPT, tmp_path / "m", sums_file, tmp_path, json.dumps(MESHES))
     assert "'expert'" in done.stdout.split("SPECS")[1]

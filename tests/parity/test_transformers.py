@@ -10,6 +10,7 @@ import transformers
 from jaxtune.convert import write_model
 from jaxtune.errors import UserError
 from jaxtune.generate import Sampling, choose
+from jaxtune.hf import tokenizer
 from jaxtune.models import families
 from jaxtune.tuned import open_model
 from tests.tiny import write_tiny
@@ -93,6 +94,14 @@ def test_both_dialects_of_config_are_one(tmp_path, name):
     old = {**{k: v for k, v in new.items() if k != "rope_parameters"}, "rope_theta": scaling.pop("rope_theta")}
     old["rope_scaling"] = {"type" if k == "rope_type" and name == "linear" else k: v for k, v in scaling.items()}
     assert families.from_hf(old) == families.from_hf(new)
+
+
+def test_a_tokenizer_is_the_one_that_transformers_opens(tiny):
+    ours, theirs = tokenizer.load(tiny), transformers.AutoTokenizer.from_pretrained(tiny)
+    assert type(ours) is type(theirs)
+    assert ours.init_kwargs == theirs.init_kwargs | {"model_max_length": ours.init_kwargs["model_max_length"]}
+    text = "<s> the fox eats 12 berries</s>\n élan"
+    assert ours(text).input_ids == theirs(text).input_ids
 
 
 def test_greedy_generation_with_padding(tmp_path):

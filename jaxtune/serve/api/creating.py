@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from jaxtune.data.templates import TEMPLATES
 from jaxtune.serve import bases
 from jaxtune.serve.api import files, models
 from jaxtune.serve.api.audit import note
@@ -138,6 +139,10 @@ def _check(body: CreateJob, asked: Hyperparameters, here: Service) -> None:
     ):
         if isinstance(value, int) and value > most:
             raise ApiError(400, f"Invalid value for {name!r}: {value} is above {most}.", name, "invalid_value")
+    template = body.jaxtune.template if body.jaxtune else None
+    if template not in (None, "auto", *TEMPLATES):
+        message = f"Invalid value for 'jaxtune.template': it is one of auto, {', '.join(TEMPLATES)}."
+        raise ApiError(400, message, "jaxtune.template", "invalid_value")
     if body.integrations:
         message = "Integrations are not supported; the events of a job and its result file have its metrics."
         raise ApiError(400, message, "integrations", "unsupported_value")

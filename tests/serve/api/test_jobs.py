@@ -93,6 +93,7 @@ def test_older_hyperparameters_and_a_drawn_seed(create):
         ({"extra_body": {"jaxtune": {"rnk": 1}}}, "jaxtune.rnk", "unknown_parameter", "did you mean 'rank'"),
         ({"extra_body": {"jaxtune": {"rank": 512}}}, "jaxtune.rank", "invalid_value", "256"),
         ({"extra_body": {"jaxtune": {"max_length": 9000}}}, "jaxtune.max_length", "invalid_value", "above 8192"),
+        ({"extra_body": {"jaxtune": {"template": "chatlm"}}}, "jaxtune.template", "invalid_value", "chatml"),
         ({"extra_body": {"jaxtune": {"tuning": "full", "rank": 8}}}, "jaxtune", "invalid_value", "leave them out"),
         ({"extra_body": {"jaxtune": {"template": "../x"}}}, "jaxtune.template", "invalid_value", "pattern"),
         ({"extra_body": {"trust_remote_code": True}}, "trust_remote_code", "unknown_parameter", "Unknown parameter"),
