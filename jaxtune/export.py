@@ -157,7 +157,10 @@ def run_card(job: Job, folder: Path, step: int | None = None) -> card.Card:
     at = step if step is not None else best_step(c.evaluate, entries) if c.evaluate.best else None
     after = next((m for m in reversed(held) if at is None or m["step"] == at), None)
     scores = {k[5:]: v for k, v in after.items() if k.startswith("eval_")} if after else {}
-    log.plot(entries, folder / card.PLOT)
+    try:
+        log.plot(entries, folder / card.PLOT)
+    except OSError as e:
+        log.warn(f"{folder / card.PLOT}: cannot be drawn ({e.strerror or e}); the card is without it")
     adapter, head = (folder / adapters.CONFIG).exists(), decoder.task
     pipeline = card.PIPELINES[head.kind if head else None]
     used, aside = (list(counted) for counted in _files(job))

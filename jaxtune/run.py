@@ -82,7 +82,10 @@ def train(c: Config, report: Report | None = None, exported: bool = True) -> Pat
         overview.check_disk(job)
         distributed.agree("job", {**job.about, "devices": job.mesh.size})
         with _alone(out):
-            _train(job, out, told, watched, clock, report, exported)
+            try:
+                _train(job, out, told, watched, clock, report, exported)
+            except OSError as e:
+                raise UserError(_lost(out, e)) from e
         distributed.wait("all is written")
     return out
 
@@ -164,6 +167,13 @@ def _train(
     if unsaved is not None:
         distributed.wait("exported")  # an error in one ends the others
         raise UserError(f"{unsaved}; the tuned model itself is whole in {out / EXPORT}")
+
+
+def _lost(out: Path, e: OSError) -> str:
+    """What an error of the storage leaves, that nobody was prepared for."""
+    newest = Checkpoints(out / CHECKPOINTS, read_only=True).newest
+    kept = "no step is saved" if newest is None else f"what came after step {newest} could not be saved"
+    return f"{e.filename or out}: {e.strerror or e}; {kept}: look at the path and its room, then run it again"
 
 
 def _every(job: Job) -> Every:
