@@ -85,6 +85,8 @@ def train(c: Config, report: Report | None = None, exported: bool = True) -> Pat
             try:
                 _train(job, out, told, watched, clock, report, exported)
             except OSError as e:
+                if distributed.count() > 1:
+                    raise  # to look for what is saved is something that all processes do together
                 raise UserError(_lost(out, e)) from e
         distributed.wait("all is written")
     return out

@@ -58,8 +58,8 @@ def test_a_plan_of_this_machine_is_the_compilers_and_is_kept(tiny) -> None:
     m = steps.compile_step(job).memory_analysis()
     knobs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(job.knobs)))
     assert first.compiled.peak >= m.argument_size_in_bytes
-    # beside the state: the step's number, the key, and those knobs that it turns
-    assert 0 <= m.argument_size_in_bytes - first.state.total <= knobs + 64
+    # beside the state: the step's number, the key, and the knobs, but for single numbers that this step does not turn
+    assert -128 <= m.argument_size_in_bytes - first.state.total - knobs <= 64
     assert not first.compiled.cached
     assert second.compiled.cached
     assert dataclasses.replace(second.compiled, cached=False) == first.compiled
