@@ -2,8 +2,8 @@
 
     python -m tools.bench.distil MODEL --train T.jsonl --held V.jsonl --layers 0 --seeds 0 1 2 --steps 240
 
-All runs see the same rows in the same order. What counts is the loss on held-out rows, of the data, in nats a token; how
-far the student is from its teacher there, `kl`, is in the log of each run.
+All runs see the same rows in the same order. What counts is the loss on held-out rows, of the data, in nats a token;
+how far the student is from its teacher there, `kl`, is in the log of each run.
 """
 
 import argparse
